@@ -1,0 +1,47 @@
+# make demo, make test, make bench, make lint: each sets up .venv with what it needs and runs. A second call skips what
+# is done.
+#   make demo ARGS="--variant nezha"    make test ARGS="-k attention"    make test PYTHON=python3.12
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BENCH ?= encoder_cpu
+
+PIP = $(VENV)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SOURCES = pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/.extra-demo
+	$(VENV)/bin/fastbert pretrain $(ARGS)
+
+test: $(VENV)/.extra-test
+	$(VENV)/bin/python -m pytest -q --durations=15 $(ARGS)
+
+bench: $(VENV)/.extra-hf
+	$(VENV)/bin/python -m benchmarks.$(BENCH) $(ARGS)
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+
+# First what the compiled part is built with: the build below is not isolated, it compiles against this torch.
+$(VENV)/.build-tools: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools wheel ninja
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.build-tools $(SOURCES)
+	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+# The package is there already, so this installs what the extra asks for and nothing else.
+$(VENV)/.extra-%: $(VENV)/.installed
+	$(PIP) "fastbert-kernels[$*]"
+	touch $@
+
+$(VENV)/.lint: constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) ruff
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastbert/_C*.so

@@ -1,0 +1,29 @@
+"""What must hold before any test is imported: where Triton runs, how hard hypothesis looks, how many threads run."""
+
+import os
+import sys
+
+import pytest
+import torch
+from hypothesis import settings
+
+if not torch.cuda.is_available():
+    if "triton" in sys.modules:
+        raise RuntimeError("triton was imported before the tests could ask for its interpreter (TRITON_INTERPRET=1)")
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# ci draws the same examples on every run, so a failure belongs to the change that shows it; HYPOTHESIS_PROFILE=long
+# goes looking for new ones.
+settings.register_profile("ci", max_examples=25, deadline=None, print_blob=True, derandomize=True, database=None)
+settings.register_profile("long", max_examples=500, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    torch.manual_seed(0)
