@@ -1,0 +1,39 @@
+"""Every error that a user can cause: a FastBertError, and the built-in error that fits it, so that either can be
+caught.
+"""
+
+
+class FastBertError(Exception):
+    """Base of all errors raised by fastbert on purpose."""
+
+
+class ConfigError(FastBertError, ValueError):
+    """A configuration has an unknown key, an unknown preset or a value that makes no sense."""
+
+
+class ShapeError(FastBertError, ValueError):
+    """A tensor has the wrong shape, or two tensors do not fit each other."""
+
+
+class DtypeError(FastBertError, TypeError):
+    """A tensor has a dtype that the operation does not take."""
+
+
+class BackendError(FastBertError, RuntimeError):
+    """A backend was asked for by name and cannot serve the call."""
+
+
+class DataError(FastBertError, ValueError):
+    """Text, tokens or shards are malformed, damaged or do not belong together."""
+
+
+class CheckpointError(FastBertError, ValueError):
+    """A checkpoint is damaged, incomplete or does not fit the model."""
+
+
+class MissingFileError(FastBertError, FileNotFoundError):
+    """A file or folder that was named does not exist."""
+
+
+class MissingDependencyError(FastBertError, ImportError):
+    """An optional package is needed for what was asked; the message names the extra that installs it."""
