@@ -1,0 +1,59 @@
+"""The families, one file each."""
+
+from fastbert import checkpoint
+from fastbert.config import EncoderConfig
+from fastbert.errors import CheckpointError, ConfigError
+from fastbert.models.albert import AlbertForMaskedLM, AlbertModel
+from fastbert.models.bert import BertForMaskedLM, BertModel
+from fastbert.models.electra import ElectraForMaskedLM, ElectraForPreTraining, ElectraModel
+from fastbert.models.nezha import NezhaForMaskedLM, NezhaModel
+from fastbert.models.roberta import RobertaForMaskedLM, RobertaModel
+from fastbert.models.roformer import RoFormerForMaskedLM, RoFormerModel
+
+CLASSES = {
+    "model": (BertModel, RobertaModel, AlbertModel, NezhaModel, ElectraModel, RoFormerModel),
+    "masked_lm": (
+        BertForMaskedLM,
+        RobertaForMaskedLM,
+        AlbertForMaskedLM,
+        NezhaForMaskedLM,
+        ElectraForMaskedLM,
+        RoFormerForMaskedLM,
+    ),
+    "pretraining": (ElectraForPreTraining,),
+}
+
+__all__ = [candidate.__name__ for candidates in CLASSES.values() for candidate in candidates] + [
+    "from_pretrained",
+    "model_class",
+]
+
+
+def model_class(model_type: str, task: str = "masked_lm"):
+    """The class of a family for a task: "model" (the bare encoder), "masked_lm", or "pretraining" (ELECTRA's
+    discriminator). `ConfigError` if there is none.
+    """
+    for candidate in CLASSES.get(task, ()):
+        if candidate.model_type == model_type:
+            return candidate
+    have = ", ".join(
+        f"{candidate.model_type}/{name}" for name, candidates in CLASSES.items() for candidate in candidates
+    )
+    raise ConfigError(f"there is no class for model_type {model_type!r} and task {task!r}; there are: {have}")
+
+
+def from_pretrained(folder, dtype=None, device=None):
+    """The model in `folder`, of the class that its `config.json` names under "architectures" (or its family's bare
+    encoder if it names none).
+    """
+    name = checkpoint.architecture(folder)
+    by_name = {candidate.__name__: candidate for candidates in CLASSES.values() for candidate in candidates}
+    if name is None:
+        config = EncoderConfig.from_json_file(checkpoint.config_file(folder))
+        return model_class(config.model_type, "model").from_pretrained(folder, dtype, device)
+    if name not in by_name:
+        raise CheckpointError(
+            f"model folder {folder} holds a {name}, which fastbert does not have; call from_pretrained of one of "
+            f"{', '.join(by_name)}"
+        )
+    return by_name[name].from_pretrained(folder, dtype, device)

@@ -1,0 +1,372 @@
+"""What the families have in common: from ids to rows and back, outputs, the masked-language-model loss, folders. A
+family file adds what is peculiar to it.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbert import checkpoint, ops
+from fastbert.config import EncoderConfig
+from fastbert.errors import ConfigError, DataError, DtypeError, ShapeError
+from fastbert.nn import Embeddings, Encoder, MaskedLMHead, Pooler
+from fastbert.ops.sequences import check_packed
+from fastbert.packing import Layout, packed_layout, padded_layout, positions_in_sequence
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class ModelOutput:
+    """Fields by name, and by index as in transformers: an index counts the fields that are not None."""
+
+    def to_tuple(self) -> tuple:
+        return tuple(value for field in fields(self) if (value := getattr(self, field.name)) is not None)
+
+    def __getitem__(self, key):
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __iter__(self):
+        return iter(self.to_tuple())
+
+    def __len__(self) -> int:
+        return len(self.to_tuple())
+
+
+@dataclass
+class EncoderOutput(ModelOutput):
+    """last_hidden_state `[B, L, C]` (packed: `[T, C]`), pooler_output `[B, C]` where the model has a pooler,
+    hidden_states: num_hidden_layers + 1 such tensors.
+    """
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MaskedLMOutput(ModelOutput):
+    """loss: scalar; logits `[B, L, V]` (packed: `[T, V]`); hidden_states as in EncoderOutput."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class PublishedNames:
+    """The names that transformers gives our parameters: `prefix` before the encoder's, a template for one layer, and
+    the parts by our name. `constants(config)`: what transformers stores besides, though it follows from the config.
+    """
+
+    prefix: str
+    parts: dict[str, str]
+    layer: str = "encoder.layer.{index}"
+    layer_parts: dict[str, str] | None = None
+    constants: Callable[[EncoderConfig], dict[str, Tensor]] = lambda config: {}
+
+    def of(self, name: str, config: EncoderConfig) -> str:
+        stem, _, leaf = name.rpartition(".")
+        prefix = f"{self.prefix}." if stem.startswith("model.") else ""
+        stem = stem.removeprefix("model.")
+        if match := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", stem):
+            index, inner = int(match[1]), config.inner_group_num or 1
+            layer = self.layer.format(index=index, group=index // inner, inner=index % inner)
+            return f"{prefix}{layer}.{(self.layer_parts or _LAYER_PARTS)[match[2]]}.{leaf}"
+        return f"{prefix}{self.parts[stem]}.{leaf}"
+
+
+_LAYER_PARTS = {
+    "attention.query": "attention.self.query",
+    "attention.key": "attention.self.key",
+    "attention.value": "attention.self.value",
+    "attention.output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+    "output_norm": "output.LayerNorm",
+}
+EMBEDDING_PARTS = {
+    "embeddings.word": "embeddings.word_embeddings",
+    "embeddings.position": "embeddings.position_embeddings",
+    "embeddings.token_type": "embeddings.token_type_embeddings",
+    "embeddings.norm": "embeddings.LayerNorm",
+}
+BERT_HEAD_PARTS = {
+    "head.dense": "cls.predictions.transform.dense",
+    "head.norm": "cls.predictions.transform.LayerNorm",
+    "head": "cls.predictions",
+}
+
+
+class PretrainedModel(nn.Module):
+    """A model of one family that is read from and written to a folder in the transformers layout."""
+
+    model_type: str
+    names: PublishedNames
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        if not isinstance(config, EncoderConfig):
+            raise ConfigError(f"{type(self).__name__} takes a fastbert.EncoderConfig; got {type(config).__name__}")
+        if config.model_type != self.model_type:
+            raise ConfigError(
+                f"{type(self).__name__} takes a config with model_type {self.model_type!r}; got {config.model_type!r}"
+            )
+        self.config = config
+
+    def initialize(self, module: nn.Module) -> None:
+        """Normal weights with std initializer_range, zero biases, LayerNorm at identity; called through `apply`."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+        if isinstance(getattr(module, "bias", None), nn.Parameter):
+            nn.init.zeros_(module.bias)
+
+    def published_names(self) -> dict[str, str]:
+        """Our name of every parameter -> its name in a transformers checkpoint."""
+        return {name: self.names.of(name, self.config) for name, _ in self.named_parameters()}
+
+    def published_constants(self) -> dict[str, Tensor]:
+        """What transformers stores besides parameters, by its name there: written, never read."""
+        prefix = f"{self.names.prefix}." if hasattr(self, "model") else ""
+        return {prefix + name: tensor for name, tensor in self.names.constants(self.config).items()}
+
+    def num_parameters(self) -> int:
+        """Number of parameters, shared ones counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype: torch.dtype | None = None, device=None):
+        """The model in `folder`, in evaluation mode.
+
+        folder: `config.json` with `model.safetensors`, or a sharded `model.safetensors.index.json`, or
+          `pytorch_model.bin` (read with weights_only).
+        dtype: of the parameters, default as stored; device: default CPU.
+
+        Tensors of head and pooler that the folder lacks are drawn anew and named in a warning, as are tensors that the
+        model has no place for. `MissingFileError`, `ConfigError` or `CheckpointError` name what is absent, damaged or
+        of the wrong shape.
+        """
+        config = EncoderConfig.from_json_file(checkpoint.config_file(folder))
+        with torch.device("meta"):
+            model = cls(config)
+        checkpoint.load(model, folder, dtype=dtype, device=device)
+        return model.eval()
+
+    def save_pretrained(self, folder) -> None:
+        """Writes `config.json` and `model.safetensors` with transformers' names into `folder`, which transformers loads
+        back (NEZHA: up to 4.40).
+        """
+        checkpoint.save(self, folder)
+
+
+class EncoderModel(PretrainedModel):
+    """Embeddings, encoder and, where the family has one, pooler.
+
+    forward(input_ids, attention_mask=None, token_type_ids=None, position_ids=None, *, cu_seqlens=None, max_seqlen=None,
+    output_hidden_states=False)
+
+    input_ids int64 `[B, L]` with attention_mask bool or integer `[B, L]` (non-zero: real token), or packed `[T]` with
+    cu_seqlens int32 `[B + 1]`. token_type_ids, position_ids: int64 like input_ids; position_ids only where the family
+    has a position table. Returns `EncoderOutput`, zero at padded positions. `ShapeError`, `DtypeError` for arguments
+    that do not fit and for sequences longer than the position table; `DataError` for ids outside their table.
+    """
+
+    has_pooler = False
+
+    def __init__(self, config: EncoderConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.pooler = Pooler(config) if self.has_pooler and add_pooling_layer else None
+        self.apply(self.initialize)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        output_hidden_states: bool = False,
+    ) -> EncoderOutput:
+        rows, layout, states = self.encode(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            output_hidden_states=output_hidden_states,
+        )
+        pooled = None if self.pooler is None else self.pooler(layout.first(rows))
+        return EncoderOutput(layout.unpack(rows), pooled, states)
+
+    def encode(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        *,
+        cu_seqlens=None,
+        max_seqlen=None,
+        output_hidden_states=False,
+    ) -> tuple[Tensor, Layout, tuple[Tensor, ...] | None]:
+        """What a head needs: the last hidden state as rows, their layout, and the hidden states as the caller wants
+        them (or None).
+        """
+        self._check_ids("input_ids", input_ids, None)
+        self._check_ids("token_type_ids", token_type_ids, input_ids)
+        self._check_ids("position_ids", position_ids, input_ids)
+        if cu_seqlens is not None:
+            if attention_mask is not None:
+                raise ShapeError(
+                    "attention_mask and cu_seqlens were both given; expected a mask with padded input or cu_seqlens "
+                    "with packed input"
+                )
+            if input_ids.dim() != 1:
+                raise ShapeError(f"input_ids has shape {list(input_ids.shape)}; expected [T], as cu_seqlens is given")
+            check_packed(cu_seqlens, max_seqlen, input_ids.shape[0])
+            layout = packed_layout(cu_seqlens, max_seqlen)
+        elif input_ids.dim() != 2:
+            raise ShapeError(
+                f"input_ids has shape {list(input_ids.shape)}; expected [B, L], or [T] together with cu_seqlens"
+            )
+        else:
+            keep_distances = self.config.attention != "absolute"
+            layout = padded_layout(
+                tuple(input_ids.shape), attention_mask, input_ids.device, keep_distances=keep_distances
+            )
+        position_ids = self._position_rows(input_ids, position_ids, layout)
+        token_type_ids = None if token_type_ids is None else layout.pack(token_type_ids)
+        x = self.embeddings(layout.pack(input_ids), token_type_ids, position_ids)
+        rows, states = self.encoder(x, output_hidden_states=output_hidden_states, **layout.attention)
+        return rows, layout, None if states is None else tuple(layout.unpack(state) for state in states)
+
+    def _check_ids(self, name: str, ids: Tensor | None, like: Tensor | None) -> None:
+        if ids is None:
+            return
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise DtypeError(f"{name} is {ids.dtype}; expected torch.int64")
+        if like is not None and ids.shape != like.shape:
+            raise ShapeError(f"{name} has shape {list(ids.shape)}; expected {list(like.shape)}, the shape of input_ids")
+        if name == "position_ids" and self.config.attention != "absolute":
+            raise ConfigError(
+                f"position_ids were given, but {self.model_type} has {self.config.attention} positions, which "
+                "follow from the order of the tokens"
+            )
+
+    def _position_rows(self, input_ids: Tensor, position_ids: Tensor | None, layout: Layout) -> Tensor | None:
+        if self.config.attention != "absolute":
+            return None
+        if position_ids is not None:
+            return layout.pack(position_ids)
+        longest = layout.max_seqlen if layout.padded_shape is None else layout.padded_shape[1]
+        if longest > self.config.max_length:
+            rows = self.config.max_position_embeddings
+            raise ShapeError(
+                f"input_ids holds a sequence of {longest} tokens; expected at most {self.config.max_length}: the "
+                f"position table has {rows} rows"
+            )
+        return self.default_positions(input_ids, layout)
+
+    def default_positions(self, input_ids: Tensor, layout: Layout) -> Tensor:
+        """Position ids as rows by default: 0, 1, 2, ... along each sequence, padded positions counted."""
+        if layout.padded_shape is None:
+            return positions_in_sequence(layout.cu_seqlens, input_ids.shape[0])
+        return layout.pack(torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids))
+
+
+class MaskedLMModel(PretrainedModel):
+    """An encoder with the masked-language-model head; the decoder is the word-embedding table.
+
+    forward(input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None, *, cu_seqlens=None,
+    max_seqlen=None, output_hidden_states=False, return_logits=True): inputs as for the family's Model; labels int64
+    like input_ids, -100 where there is nothing to predict. Returns `MaskedLMOutput`: loss is the mean cross-entropy
+    (natural logarithm) over the labelled real tokens, 0 if there are none; logits `[B, L, V]`. With return_logits=False
+    only labelled rows pass the head and no `[tokens, V]` tensor is kept: the way to pretrain.
+    """
+
+    model_class: type[EncoderModel]
+    head_act: str | None = None
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__(config)
+        self.model = self.model_class(config, add_pooling_layer=False)
+        self.head = MaskedLMHead(config, self.head_act)
+        self.head.apply(self.initialize)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        output_hidden_states: bool = False,
+        return_logits: bool = True,
+    ) -> MaskedLMOutput:
+        if labels is None and not return_logits:
+            raise ShapeError(
+                "labels is None and return_logits is False; expected labels, since there is nothing to compute "
+                "without them"
+            )
+        if labels is not None:
+            self._check_labels(labels, input_ids)
+        rows, layout, states = self.model.encode(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            output_hidden_states=output_hidden_states,
+        )
+        word = self.model.embeddings.word.weight
+        if not return_logits:
+            return MaskedLMOutput(self._loss_of_labelled_rows(rows, word, layout.pack(labels)), None, states)
+        logits = self.head(rows, word)
+        loss = None if labels is None else _cross_entropy(logits, layout.pack(labels), layout)
+        return MaskedLMOutput(loss, layout.unpack(logits), states)
+
+    def _loss_of_labelled_rows(self, rows: Tensor, word: Tensor, labels: Tensor) -> Tensor:
+        rows, labels = rows.reshape(-1, rows.shape[-1]), labels.reshape(-1)
+        labelled = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        hidden = self.head.transform(rows[labelled])
+        return ops.linear_cross_entropy(hidden, word, self.head.bias, labels[labelled], ignore_index=IGNORE_INDEX)
+
+    def _check_labels(self, labels: Tensor, input_ids: Tensor) -> None:
+        if labels.dtype != torch.int64:
+            raise DtypeError(f"labels is {labels.dtype}; expected torch.int64")
+        if labels.shape != input_ids.shape:
+            raise ShapeError(
+                f"labels has shape {list(labels.shape)}; expected {list(input_ids.shape)}, the shape of input_ids"
+            )
+        if labels.device.type == "cpu":  # on a GPU the look would wait for everything before it
+            wrong = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= self.config.vocab_size))]
+            if wrong.numel():
+                raise DataError(
+                    f"labels holds {int(wrong[0])}; expected {IGNORE_INDEX} or an id from 0 to "
+                    f"{self.config.vocab_size - 1}"
+                )
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, layout: Layout) -> Tensor:
+    if layout.key_padding_mask is not None:
+        labels = labels.masked_fill(~layout.key_padding_mask, IGNORE_INDEX)
+    logits = logits.reshape(-1, logits.shape[-1])
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    total = F.cross_entropy(logits, labels.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (labels != IGNORE_INDEX).sum().clamp(min=1)

@@ -1,0 +1,17 @@
+"""NEZHA (arXiv 1909.00204): BERT's encoder with clipped sinusoidal relative positions on keys and values in every
+layer, of any length; also WoNEZHA.
+"""
+
+from fastbert.models.base import BERT_HEAD_PARTS, EMBEDDING_PARTS, EncoderModel, MaskedLMModel, PublishedNames
+
+NAMES = PublishedNames("nezha", EMBEDDING_PARTS | {"pooler.dense": "pooler.dense"} | BERT_HEAD_PARTS)
+
+
+class NezhaModel(EncoderModel):
+    __doc__ = "NEZHA's encoder: relative positions, pooler.\n\n" + EncoderModel.__doc__
+    model_type, names, has_pooler = "nezha", NAMES, True
+
+
+class NezhaForMaskedLM(MaskedLMModel):
+    __doc__ = "NEZHA with the masked-language-model head.\n\n" + MaskedLMModel.__doc__
+    model_type, names, model_class = "nezha", NAMES, NezhaModel
