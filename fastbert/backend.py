@@ -1,0 +1,88 @@
+"""Which twin of an op runs: one predicate per op and backend, one context manager, clear errors.
+
+The backends are "triton" (kernels/), "cuda" (the compiled extension), "torch" (portable.py) and "reference"
+(reference.py). One can be asked for by name: in the call (`backend=`), in the context (`use_backend`) or in the
+environment (`FASTBERT_BACKEND`), the first of these that is set. It then runs, or raises: there is no silent fallback.
+With nothing asked, the first that can serve runs.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from fastbert.errors import BackendError
+
+NAMES = ("triton", "cuda", "torch", "reference")
+VARIABLE = "FASTBERT_BACKEND"
+
+Predicate = Callable[..., str | None]
+
+_context: ContextVar[str | None] = ContextVar("fastbert_backend", default=None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the `with` block on the backend `name`.
+
+    Blocks nest, and the choice is local to the thread or task. Raises BackendError for an unknown name.
+    """
+    token = _context.set(_known(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def pick(op: str, predicates: Mapping[str, Predicate], asked: str | None, *args) -> str:
+    """The name of the backend that runs `op`.
+
+    `predicates`, in order of preference, tell of each backend whether it can serve the call: predicate(*args) is None
+    if it can, else the reason why not. `asked` is the call's own `backend=` argument. Raises BackendError when the
+    backend asked for is unknown or cannot serve, or when none can.
+    """
+    name = _asked(asked)
+    if name is not None:
+        reason = predicates[name](*args) if name in predicates else f"{op} has no such backend"
+        if reason is not None:
+            raise BackendError(f"backend {name!r} cannot serve {op}: {reason}")
+        return name
+    reasons = []
+    for name, predicate in predicates.items():
+        reason = predicate(*args)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise BackendError(f"no backend can serve {op}: {'; '.join(reasons)}")
+
+
+def serves(*_args) -> None:
+    """The predicate of a backend that serves every call."""
+
+
+def lacks(reason: str) -> Predicate:
+    """The predicate of a backend that serves no call, for one fixed reason."""
+    return lambda *_args: reason
+
+
+def _asked(asked: str | None) -> str | None:
+    return _asked_around() if asked is None else _known(asked, "backend")
+
+
+def _asked_around() -> str | None:
+    name = _context.get()
+    if name is not None:
+        return name
+    name = os.environ.get(VARIABLE)
+    return _known(name, VARIABLE) if name else None
+
+
+# torch.compile cannot trace a context variable: what holds during compilation stays in the compiled code. This is what
+# torch.compiler.assume_constant_result does, but that imports the whole compiler, and Triton with it.
+_asked_around._dynamo_marked_constant = True
+
+
+def _known(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise BackendError(f"{source}: got {name!r}, expected one of {', '.join(map(repr, NAMES))}")
+    return name

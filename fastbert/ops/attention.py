@@ -1,0 +1,62 @@
+"""Bidirectional attention: BERT, RoBERTa, ALBERT, ELECTRA."""
+
+from torch import Tensor
+
+from fastbert import portable, reference
+from fastbert.backend import lacks, pick, serves
+from fastbert.ops import sequences
+
+_BACKENDS = {
+    "triton": lacks("there is no Triton kernel for it yet"),
+    "cuda": lacks("there is no CUDA kernel for it yet"),
+    "torch": serves,
+    "reference": serves,
+}
+_TWINS = {"torch": portable.attention, "reference": reference.attention}
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """dropout(softmax(scale q k^T)) v for every head of every sequence: see fastbert.reference.
+
+    q, k, v: one shape, one floating dtype, any strides (views of a fused projection need no copy). Either dense
+    [B, L, H, D], with key_padding_mask bool [B, L] where sequences are shorter (True for a real token); or packed
+    [T, H, D], the tokens of B sequences one after another, with cu_seqlens int32 [B + 1], where sequence b is rows
+    cu_seqlens[b] to cu_seqlens[b + 1], and max_seqlen, an int no smaller than the longest (None: it is computed, for
+    which a GPU has to be waited for). Sequences may be empty, and so may the batch.
+
+    The mask hides keys: a query at a masked position is answered too. What q, k and v hold at masked positions reaches
+    no other, even NaN, and k and v get zero gradients there. A sequence without a real key gives zeros.
+
+    scale: None for 1/sqrt(D). dropout_p: 0 <= dropout_p < 1, on the probabilities. seed: None takes PyTorch's
+    generator, an int gives the same mask in every backend. backend: see fastbert.use_backend. Under autocast q, k, v
+    are cast to its dtype. Returns a tensor of q's shape. Differentiable once, in q, k, v.
+
+    Raises ShapeError, DtypeError, ConfigError (dropout_p, seed, max_seqlen), BackendError. On a GPU the values in
+    cu_seqlens are not checked.
+    Source: Vaswani et al. (2017), arXiv 1706.03762, equation 1; Devlin et al., BERT (2018), arXiv 1810.04805.
+    """
+    sequences.check(q, k, v, key_padding_mask, cu_seqlens, max_seqlen, dropout_p, seed)
+    return sequences.call(
+        _TWINS[pick("attention", _BACKENDS, backend)],
+        q,
+        k,
+        v,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+    )

@@ -1,0 +1,59 @@
+"""Attention with clipped sinusoidal relative positions in keys and values: NEZHA."""
+
+from torch import Tensor
+
+from fastbert import portable, reference
+from fastbert.backend import lacks, pick, serves
+from fastbert.errors import ConfigError
+from fastbert.ops import sequences
+
+_BACKENDS = {
+    "triton": lacks("there is no Triton kernel for it yet"),
+    "cuda": lacks("there is no CUDA kernel for it yet"),
+    "torch": serves,
+    "reference": serves,
+}
+_TWINS = {"torch": portable.relative_attention, "reference": reference.relative_attention}
+
+
+def relative_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    max_relative_position: int = 64,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention that adds the same constant vector a_ij to key j and to value j as query i sees them: see
+    fastbert.reference, also for how NEZHA's paper and its released code, which is followed, differ in a_ij.
+
+    All that `attention` says holds. D must be even. max_relative_position, R: a_ij depends on j - i, clipped to
+    -R ... R; 64 in NEZHA's Chinese models, 127 in the English one. The sinusoids are implied, any length is served, and
+    no backend but "reference" makes a tensor of size [L, L, D].
+
+    Raises ShapeError, DtypeError, ConfigError (dropout_p, seed, max_seqlen, max_relative_position), BackendError.
+    Source: Wei et al., NEZHA (2019), arXiv 1909.00204, section 2.2; Shaw et al. (2018), arXiv 1803.02155, equations 3
+    and 4.
+    """
+    sequences.check(q, k, v, key_padding_mask, cu_seqlens, max_seqlen, dropout_p, seed, pairs=True)
+    if max_relative_position < 1:
+        raise ConfigError(f"max_relative_position: got {max_relative_position}, expected at least 1")
+    return sequences.call(
+        _TWINS[pick("relative_attention", _BACKENDS, backend)],
+        q,
+        k,
+        v,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        max_relative_position=max_relative_position,
+    )

@@ -1,0 +1,353 @@
+"""The mathematics: every op in eager PyTorch, in any dtype up to float64, written to be read.
+
+Legend. q k v o: queries, keys, values, output; lse: log-sum-exp; do dq dk dv: gradients. B batch, L length, T packed
+tokens, H heads, D head dim, C hidden size, V vocabulary, R max relative position; i query index, j key index.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fastbert.philox import attention_keep, keep_scale, row_keep
+
+# ---------------------------------------------------------------- attention
+#
+# Dense q, k, v are [B, L, H, D]. Packed ones are [T, H, D] with the ends of the sequences in cu_seqlens, and every
+# sequence is computed on its own (max_seqlen is not needed here). The position of a token is its index in its sequence.
+# Masks hide keys only: a query at a masked position is answered like any other.
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """S_ij = scale q_i.k_j, P = softmax_j(S), O_i = sum_j dropout(P)_ij v_j; scale is 1/sqrt(D) unless given.
+
+    Vaswani et al., Attention Is All You Need (2017), arXiv 1706.03762, equation 1; without a causal mask, and with
+    dropout on the probabilities, as in BERT.
+    """
+
+    def one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, first: int) -> Tensor:
+        q, k, v = _hide_padding(q, k, v, mask)
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) * _scale(scale, q)
+        p = _dropped_probabilities(scores, mask, dropout_p, seed, first)
+        return torch.einsum("bhij,bjhd->bihd", p, v)
+
+    return _each_sequence(one, q, k, v, key_padding_mask, cu_seqlens)
+
+
+def rotary_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    theta: float = 10000.0,
+    rotate_value: bool = False,
+    interleaved: bool = True,
+) -> Tensor:
+    """Attention over q and k (and v, with rotate_value) turned by their positions, so that scores depend on i - j only.
+
+    Su et al., RoFormer (2021), arXiv 2104.09864, equation 16; the rotation is equation 34, see `rotate`.
+    """
+
+    def one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, first: int) -> Tensor:
+        q, k, v = _hide_padding(q, k, v, mask)
+        q, k = rotate(q, theta, interleaved), rotate(k, theta, interleaved)
+        v = rotate(v, theta, interleaved) if rotate_value else v
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) * _scale(scale, q)
+        p = _dropped_probabilities(scores, mask, dropout_p, seed, first)
+        return torch.einsum("bhij,bjhd->bihd", p, v)
+
+    return _each_sequence(one, q, k, v, key_padding_mask, cu_seqlens)
+
+
+def relative_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    max_relative_position: int = 64,
+) -> Tensor:
+    """S_ij = scale q_i.(k_j + a_ij), P = softmax_j(S), O_i = sum_j dropout(P)_ij (v_j + a_ij), with the constants
+    a_ij = T[clip(j - i, -R, R) + R] of the table T of `sinusoids`, the same for all heads.
+
+    Shaw et al. (2018), arXiv 1803.02155, equation 4 (scores) and 3 (output), with the functional encoding of Wei et
+    al., NEZHA (2019), arXiv 1909.00204, section 2.2, in place of learned vectors. The paper takes sine and cosine of
+    (j - i) theta_k. The released code, which the released weights need and which we follow, looks up row
+    clip(j - i, -R, R) + R of a table whose row r holds the angles r theta_k: every angle is R theta_k more.
+    """
+
+    def one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, first: int) -> Tensor:
+        q, k, v = _hide_padding(q, k, v, mask)
+        i = torch.arange(q.shape[1], device=q.device)
+        offset = (i[None, :] - i[:, None]).clamp(-max_relative_position, max_relative_position)
+        a = sinusoids(max_relative_position, q.shape[-1]).to(q)[offset + max_relative_position]
+        scores = (torch.einsum("bihd,bjhd->bhij", q, k) + torch.einsum("bihd,ijd->bhij", q, a)) * _scale(scale, q)
+        p = _dropped_probabilities(scores, mask, dropout_p, seed, first)
+        return torch.einsum("bhij,bjhd->bihd", p, v) + torch.einsum("bhij,ijd->bihd", p, a)
+
+    return _each_sequence(one, q, k, v, key_padding_mask, cu_seqlens)
+
+
+def rotate(x: Tensor, theta: float, interleaved: bool = True) -> Tensor:
+    """x [B, L, H, D] with its pairs of elements, number k = 0, 1, ..., turned by m theta^(-2k/D) at position m.
+
+    RoFormer, equation 34. Pairs are (2k, 2k + 1) when interleaved, as in the paper and in RoFormer's weights, else
+    (k, k + D/2). Angles come from float64, the arithmetic is float32 at least, the result has x's dtype.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    position = torch.arange(x.shape[1], dtype=torch.float64)
+    angle = torch.outer(position, _frequencies(x.shape[-1], theta))[:, None]
+    cos, sin = angle.cos().to(wide), angle.sin().to(wide)
+    a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
+    pair = a * cos - b * sin, b * cos + a * sin
+    return (torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)).to(x.dtype)
+
+
+def sinusoids(max_relative_position: int, head_dim: int) -> Tensor:
+    """NEZHA's table T, float64 [2R + 1, D]: T[r, 2k] = sin(r theta_k) and T[r, 2k + 1] = cos(r theta_k), with
+    theta_k = 10000^(-2k/D)."""
+    row = torch.arange(2 * max_relative_position + 1, dtype=torch.float64)
+    angle = torch.outer(row, _frequencies(head_dim, 10000.0))
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
+
+
+def _frequencies(head_dim: int, theta: float) -> Tensor:
+    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _hide_padding(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Zero for masked keys and values, and for what is not finite in the queries there: a weight of zero does not hide
+    a NaN."""
+    if mask is None:
+        return q, k, v
+    real = mask[:, :, None, None]
+    return q.where(real | q.isfinite(), 0), k.where(real, 0), v.where(real, 0)
+
+
+def _dropped_probabilities(scores: Tensor, mask: Tensor | None, p: float, seed: int | None, first: int) -> Tensor:
+    """dropout(softmax(scores [B, H, L, L])) over the real keys, zeros where there are none. `first` is the number of
+    the first sequence."""
+    if mask is None:
+        probabilities = scores.softmax(dim=-1)
+    else:
+        real = mask[:, None, None, :]
+        probabilities = scores.where(real, torch.finfo(scores.dtype).min).softmax(dim=-1).where(real, 0)
+    if p == 0.0:
+        return probabilities
+    if seed is None:
+        return torch.nn.functional.dropout(probabilities, p)
+    batch, heads, length, _ = scores.shape
+    keep = attention_keep(seed, p, batch, heads, length, first=first, device=scores.device)
+    return probabilities * keep * keep_scale(p)
+
+
+def _each_sequence(
+    one: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """one(q, k, v, mask, first) of the dense batch, or of each packed sequence as a batch of one."""
+    if cu_seqlens is None:
+        return one(q, k, v, mask, 0)
+    outputs = [q[:0]]
+    for number, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        outputs.append(one(*(t[None, start:end] for t in (q, k, v)), None, number)[0])
+    return torch.cat(outputs)
+
+
+# ---------------------------------------------------------------- around the layer
+
+
+def dropout_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """LN(residual + dropout(x)), the end of both halves of a post-LN layer, in residual's dtype.
+
+    Vaswani et al. (2017), arXiv 1706.03762, section 5.4: dropout on the output of each sub-layer, before it is added
+    and normalised. LN: see `layer_norm`.
+    """
+    return layer_norm(residual + dropout(x, dropout_p, seed), weight, bias, eps).to(residual.dtype)
+
+
+def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none") -> Tensor:
+    """GELU(z) = z Phi(z) at z = x + bias, where Phi is the normal distribution function.
+
+    Hendrycks and Gimpel, Gaussian Error Linear Units (2016), arXiv 1606.08415, section 2: the exact form with erf
+    ("none") and the approximation with tanh ("tanh"). They differ by up to 4.7e-4, and checkpoints need the one that
+    they were trained with. The arithmetic is float32 at least; the result has x's dtype.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    z = x.to(wide) + bias.to(wide)
+    if approximate == "tanh":
+        y = 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+    else:
+        y = 0.5 * z * (1 + torch.erf(z / math.sqrt(2)))
+    return y.to(x.dtype)
+
+
+def embedding_layer_norm(
+    input_ids: Tensor,
+    word_embeddings: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    token_type_ids: Tensor | None = None,
+    token_type_embeddings: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    position_embeddings: Tensor | None = None,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """dropout(LN(word[ids] + type[tt] + position[p])), each table only if it is given.
+
+    Devlin et al., BERT (2018), arXiv 1810.04805, figure 2; the order sum, LN, dropout is that of its code. Without ids
+    of its own, the type is 0, and the position is the index in the last dimension.
+    """
+    x = word_embeddings[input_ids]
+    if token_type_embeddings is not None:
+        x = x + token_type_embeddings[torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids]
+    if position_embeddings is not None:
+        places = torch.arange(input_ids.shape[-1], device=input_ids.device)
+        x = x + position_embeddings[places if position_ids is None else position_ids]
+    return dropout(layer_norm(x, weight, bias, eps), dropout_p, seed)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """The masked language model's loss: mean or sum of -log softmax(W h + b)[label] over the rows that have a label.
+
+    Devlin et al., BERT (2018), arXiv 1810.04805, section 3.1, task 1. The arithmetic and the result are float32 at
+    least. Rows whose label is ignore_index do not exist; if there are no others, the loss is 0.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    labelled = labels != ignore_index
+    logits = hidden[labelled].to(wide) @ weight.to(wide).T
+    if bias is not None:
+        logits = logits + bias.to(wide)
+    loss = (logits.logsumexp(-1) - logits.gather(-1, labels[labelled][:, None]).squeeze(-1)).sum()
+    return loss / labelled.sum().clamp(min=1) if reduction == "mean" else loss
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """w (x - mean x) / sqrt(var x + eps) + b over the last dimension, with the biased variance and eps inside the root.
+
+    Ba, Kiros and Hinton, Layer Normalization (2016), arXiv 1607.06450, equation 3. The arithmetic is float32 at least,
+    because in 16 bits an eps of 1e-12 is zero; the result has x's dtype.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    centred = wide - wide.mean(-1, keepdim=True)
+    normal = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    return (weight * normal + bias).to(x.dtype)
+
+
+def dropout(x: Tensor, p: float, seed: int | None) -> Tensor:
+    """Each element is zero with probability p, else divided by the probability of being kept.
+
+    Srivastava et al., Dropout (2014), JMLR 15, section 4. With a seed, philox.py says which
+    elements of x, as rows of its last dimension, are kept; without one, PyTorch's generator does.
+    """
+    if p == 0.0:
+        return x
+    if seed is None:
+        return torch.nn.functional.dropout(x, p)
+    kept = row_keep(seed, p, math.prod(x.shape[:-1]), x.shape[-1], device=x.device).view(x.shape)
+    return x * kept * keep_scale(p)
+
+
+# ---------------------------------------------------------------- optimizer
+
+
+def lamb(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+    bias_correction: bool = True,
+    grad_averaging: bool = True,
+    always_adapt: bool = False,
+    grad_scale: float = 1.0,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """One LAMB step of one parameter group: the new params, exp_avgs (m) and exp_avg_sqs (v). `step` counts from 1.
+
+    You et al., Large Batch Optimization for Deep Learning (2019), arXiv 1904.00962, algorithm 2, with phi the identity,
+    in the form of apex's FusedLAMB. For every tensor, at step t and with g = grad / grad_scale, where the caller folds
+    the loss scale and the clipping by the global norm into grad_scale:
+
+        m = b1 m + (1 - b1) g        u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p
+        v = b2 v + (1 - b2) g^2      p = p - lr ratio u
+
+    ratio = |p| / |u| where both are non-zero and (weight_decay != 0 or always_adapt), else 1. Without grad_averaging g
+    enters m with weight 1; without bias_correction both (1 - b^t) are 1. How others differ:
+
+        implementation       clipping       bias correction       eps              ratio
+        apex, NVIDIA BERT    global, to 1   yes                   outside root     as above (NVLAMB: always_adapt)
+        timm                 global, to 1   yes                   outside root     as above, or also clipped to 1
+        ALBERT (TensorFlow)  global, to 1   no                    outside root     as above
+        TensorFlow Addons    none           yes                   outside root     as above
+        NEZHA (TensorFlow)   global, to 1   yes                   inside for |u|   always, in [0, 10]
+        DeepSpeed            by the caller  in lr only, not in u  outside root     always, in [0.01, 10]
+        torch_optimizer      none           off, or in lr only    outside root     always, with |p| at most 10
+    """
+    b1, b2 = betas
+    b3 = 1 - b1 if grad_averaging else 1.0
+    correction1, correction2 = (1 - b1**step, 1 - b2**step) if bias_correction else (1.0, 1.0)
+    results = []
+    for p, grad, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        g = grad.to(p.dtype) / grad_scale
+        m = b1 * m + b3 * g
+        v = b2 * v + (1 - b2) * g**2
+        u = (m / correction1) / ((v / correction2).sqrt() + eps) + weight_decay * p
+        p_norm, u_norm = p.norm(), u.norm()
+        ratio = torch.where((p_norm == 0) | (u_norm == 0), 1.0, p_norm / u_norm)
+        if weight_decay == 0 and not always_adapt:
+            ratio = 1.0
+        results.append((p - lr * ratio * u, m, v))
+    params, exp_avgs, exp_avg_sqs = ([result[i] for result in results] for i in range(3))
+    return params, exp_avgs, exp_avg_sqs
