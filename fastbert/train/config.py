@@ -1,0 +1,213 @@
+"""What can be set: flat, typed option classes. `--help`, YAML files and keyword arguments all read these fields."""
+
+import math
+import types
+import typing
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from fastbert.config import BASE
+from fastbert.config import _nearest as nearest
+from fastbert.data import LEVELS, MASKINGS, PACKINGS, WORDS
+from fastbert.errors import ConfigError, MissingFileError
+from fastbert.optim import SCHEDULES
+
+
+def option(default, help: str, *, choices=None, least=None, below=None):
+    """A dataclass field with its meaning and its legal values: one of `choices`; at least `least` and less than
+    `below`.
+    """
+    metadata = {"help": help, "choices": choices and tuple(choices), "least": least, "below": below}
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Options:
+    """Base of the option classes. A value of the wrong type or out of range is a ConfigError that names the field."""
+
+    def __post_init__(self):
+        for entry in fields(self):
+            setattr(self, entry.name, _checked(entry, getattr(self, entry.name)))
+
+    @classmethod
+    def from_dict(cls, values: dict, source: str = "config"):
+        """The options with `values` set; an unknown key is a ConfigError with the nearest known one."""
+        known = {entry.name for entry in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"{source}: unknown key {key!r} = {values[key]!r}{nearest(str(key), known)}")
+        return cls(**values)
+
+    @staticmethod
+    def read_yaml(path) -> dict:
+        """The keys and values of a YAML file; `MissingFileError` or `ConfigError` name the path."""
+        path = Path(path)
+        if not path.is_file():
+            raise MissingFileError(f"config file {path} does not exist")
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"config file {path} holds a {type(values).__name__}, expected keys and values")
+        return values
+
+
+@dataclass(kw_only=True)
+class TextOptions(Options):
+    """From text to tokens."""
+
+    files: list[str] = option([], "text files, UTF-8: one row per line, a blank line between documents")
+    words: str = option("none", "where word borders come from; segmented: spaces in the text", choices=WORDS)
+    tag_separator: str | None = option(None, "with words=segmented, what stands between a word and its tag")
+    tokenizer: str | None = option(None, "folder of a tokenizer; if not given, one is trained on the text")
+    vocab_size: int = option(21128, "largest size of a vocabulary that is trained", least=6)
+    level: str = option("char", "what a tokenizer is trained on", choices=LEVELS)
+    validation_fraction: float = option(0.01, "share of the documents that is held out", least=0, below=1)
+    errors: str = option("strict", "invalid UTF-8: stop, or replace and report", choices=("strict", "replace"))
+
+
+@dataclass(kw_only=True)
+class PrepareConfig(TextOptions):
+    """`fastbert prepare`: text files to a folder of memory-mapped token shards."""
+
+    out: str = option("corpus", "folder to write")
+    overwrite: bool = option(False, "replace the folder if it holds a corpus")
+    shard_tokens: int = option(1 << 25, "a shard is closed once it holds this many tokens", least=1)
+
+
+@dataclass(kw_only=True)
+class ModelOptions(Options):
+    """The model."""
+
+    variant: str | None = option(
+        None, "family; if not given, that of preset or init, else roformer", choices=(*BASE, None)
+    )
+    preset: str | None = option(None, "published architecture by name, see fastbert.presets()")
+    model: dict = option({}, "fields of the architecture to change, such as hidden_size=384 num_hidden_layers=6")
+    init: str | None = option(None, "model folder whose weights to begin from")
+
+
+@dataclass(kw_only=True)
+class ObjectiveOptions(Options):
+    """What is learnt: masked language modelling."""
+
+    masking: str = option("whole_word", "what is masked as one", choices=MASKINGS)
+    mask_prob: float = option(0.15, "share of the pieces of a sample that is chosen", least=1e-6, below=1)
+    packing: str = option("full_sentences", "how rows are laid into samples", choices=PACKINGS)
+    max_length: int = option(512, "longest sample in pieces, [CLS] and [SEP] included", least=3)
+
+
+@dataclass(kw_only=True)
+class OptimizerOptions(Options):
+    """Optimization: AdamW."""
+
+    steps: int | None = option(None, "number of updates", least=1)
+    epochs: float | None = option(None, "passes over the corpus, in place of steps; 1 if neither is given", least=1e-9)
+    batch_size: int = option(32, "samples per process and micro-batch", least=1)
+    accumulation: int = option(1, "micro-batches per update", least=1)
+    lr: float = option(1e-4, "highest learning rate", least=0)
+    schedule: str = option("linear", "course of the learning rate after the warm-up", choices=SCHEDULES)
+    warmup: float = option(0.1, "warm-up: a number of steps, or a share of them if below 1", least=0)
+    degree: float = option(0.5, "exponent of the schedule poly", least=1e-6)
+    weight_decay: float = option(0.01, "decoupled weight decay; biases and normalisation are exempt", least=0)
+    betas: tuple[float, float] = option((0.9, 0.999), "decay of the two moments", least=0, below=1)
+    eps: float = option(1e-6, "added to the root of the second moment", least=0)
+    clip: float = option(1.0, "largest global norm of the gradient; 0: no clipping", least=0)
+
+
+@dataclass(kw_only=True)
+class RunOptions(Options):
+    """The run."""
+
+    data: str | None = option(None, "folder written by fastbert prepare; in place of files")
+    out: str = option("runs/pretrain", "folder for log, checkpoints and model")
+    resume: bool = option(False, "go on from the newest complete checkpoint in out")
+    overwrite: bool = option(False, "remove the run that is in out")
+    seed: int = option(0, "everything random follows from it", least=0)
+    precision: str = option(
+        "auto", "auto: fp32 on CPU, bf16 on GPUs that have it, else fp16", choices=("auto", "fp32", "bf16", "fp16")
+    )
+    device: str = option("auto", "auto: a GPU if there is one, else the CPU")
+    threads: int | None = option(None, "CPU threads; if not given, as torch decides", least=1)
+    log_every: int = option(50, "steps between records in the log", least=1)
+    validate_every: int = option(500, "steps between validations; 0: only at the end", least=0)
+    validation_samples: int = option(2048, "validate on at most this many samples; 0: no validation", least=0)
+    checkpoint_every: int = option(1000, "steps between checkpoints; 0: only at the end", least=0)
+    keep_last: int = option(3, "checkpoints to keep", least=1)
+    tensorboard: bool = option(False, "write TensorBoard files too")
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(RunOptions, OptimizerOptions, ObjectiveOptions, ModelOptions, TextOptions):
+    """Everything `fastbert pretrain` can be told; the classes it is made of say what belongs together."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data and self.files:
+            raise ConfigError(f"data is {self.data!r} and files is {self.files!r}, expected one of the two")
+        if self.steps and self.epochs:
+            raise ConfigError(f"steps is {self.steps} and epochs is {self.epochs}, expected one of the two")
+        if self.resume and self.overwrite:
+            raise ConfigError("resume and overwrite are both set, expected at most one of the two")
+
+
+def grouped_fields(cls) -> list[tuple[str, list]]:
+    """The fields of an option class under the first line of the docstring of the class that brings each."""
+    groups = []
+    for part in reversed(cls.__mro__[:-1]):
+        own = [entry for entry in fields(cls) if entry.name in part.__dict__.get("__annotations__", {})]
+        if own:
+            groups.append((part.__doc__.splitlines()[0], own))
+    return groups
+
+
+def default_of(entry):
+    """The default value of a dataclass field."""
+    return entry.default if entry.default is not MISSING else entry.default_factory()
+
+
+def scalar_type(entry) -> tuple[type, bool]:
+    """The type of a field or of what it is a list of, and whether None is legal."""
+    kinds = typing.get_args(entry.type) if isinstance(entry.type, types.UnionType) else (entry.type,)
+    kind = kinds[0]
+    return (typing.get_args(kind) or (kind,))[0], types.NoneType in kinds
+
+
+def _checked(entry, value):
+    kind, optional = scalar_type(entry)
+    if value is None and optional:
+        return value
+    many = typing.get_origin(entry.type)
+    if many in (list, tuple):
+        if isinstance(value, str | dict) or not hasattr(value, "__iter__"):
+            raise ConfigError(f"{entry.name} is {value!r}, expected a list")
+        values = many(_checked_scalar(entry, kind, part) for part in value)
+        if many is tuple and len(values) != len(default_of(entry)):
+            raise ConfigError(f"{entry.name} is {value!r}, expected {len(default_of(entry))} values")
+        return values
+    return _checked_scalar(entry, kind, value)
+
+
+def _checked_scalar(entry, kind: type, value):
+    limits, name = entry.metadata, entry.name
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:  # YAML reads 1e-4 as a string
+            value = float(value)
+        except ValueError:
+            pass
+    if kind is str and isinstance(value, Path):
+        value = str(value)
+    if type(value) is not kind or kind is float and not math.isfinite(value):
+        raise ConfigError(f"{name} is {value!r} ({type(value).__name__}), expected {kind.__name__}")
+    if limits["choices"] and value not in limits["choices"]:
+        known = [choice for choice in limits["choices"] if choice is not None]
+        raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(known)}{nearest(str(value), known)}")
+    if limits["least"] is not None and not value >= limits["least"]:
+        raise ConfigError(f"{name} is {value}, expected at least {limits['least']}")
+    if limits["below"] is not None and not value < limits["below"]:
+        raise ConfigError(f"{name} is {value}, expected less than {limits['below']}")
+    return value

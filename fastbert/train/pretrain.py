@@ -1,0 +1,330 @@
+"""Pretraining: the loop from batches to checkpoints.
+
+Everything random is a function of the seed and the number of the update: the order of samples, the masks, the dropout.
+A checkpoint therefore needs no state of any generator, and a run that is resumed on the CPU equals one that never
+stopped, bit by bit.
+"""
+
+import hashlib
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from fastbert.errors import FastBertError
+from fastbert.optim import param_groups, schedule
+from fastbert.train import setup, state
+from fastbert.train.config import PretrainConfig
+from fastbert.train.feed import Feed, MicroBatch, micro_batch
+from fastbert.train.interrupt import Interrupt
+from fastbert.train.journal import Journal
+from fastbert.train.world import World
+
+_SMALLEST_LOSS_SCALE = 2.0**-14
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What a run came to. model is None if it was interrupted, validation_loss if there was nothing to validate on."""
+
+    folder: Path
+    model: Path | None
+    step: int
+    loss: float
+    validation_loss: float | None
+    interrupted: bool
+
+
+def pretrain(config: PretrainConfig) -> PretrainResult:
+    """Trains a masked language model as `config` says; alone, or as one of the processes of torchrun.
+
+    Writes into config.out: log.jsonl, checkpoints/step-*, and at the end model/, a folder in the transformers layout.
+    SIGINT and SIGTERM end it after the current step, with a checkpoint. Raises ConfigError, DataError, CheckpointError,
+    MissingFileError or MissingDependencyError before any work is done, FastBertError if the loss is not finite.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    with World.join(config.device) as world:
+        trainer = Trainer(config, world)
+        try:
+            return trainer.run()
+        finally:
+            trainer.close()
+
+
+class Trainer:
+    """One run, in one process. `step` counts the updates that were made, `update` those that were tried: they differ by
+    what the loss scaler skipped. Samples follow `update`, the learning rate follows `step`.
+    """
+
+    def __init__(self, config: PretrainConfig, world: World):
+        self.config, self.world, self.folder = config, world, Path(config.out)
+        self.autocast = setup.autocast_type(config.precision, world.device)
+        if world.is_main:
+            setup.check_folder(config)
+        setup.architecture(config)  # before text is prepared for what cannot be built
+        resumed, damaged = setup.find_checkpoint(config, world)
+        self._build_data()
+        self._build_model(resumed)
+        self.step = self.update = 0
+        # since the last record: the sum of loss x labels, on the device so that it need not be waited for, and counts
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        self.labels = self.tokens = 0
+        self.first_bad = torch.full((), math.inf, dtype=torch.float64, device=world.device)
+        self.grad_norm = torch.zeros(())
+        self.loss, self.validation_loss = math.nan, None
+        if resumed is not None:
+            self._restore(resumed)
+        self.journal = self._open_journal(resumed)
+        for text in damaged:
+            self.journal.say(text)
+
+    def run(self) -> PretrainResult:
+        """Trains until the last step or an interrupt."""
+        self.journal.begin(self.steps, self.step)
+        self._mark, stop = time.perf_counter(), False
+        with Interrupt(announce=self.world.is_main) as interrupt:
+            while self.step < self.steps and not stop:
+                made = self._train_step()
+                stop = self.world.max(interrupt.requested)[0] > 0
+                self._after_step(made, stop)
+        if self.step < self.steps:
+            return PretrainResult(self.folder, None, self.step, self.loss, self.validation_loss, True)
+        model = self.folder / setup.MODEL
+        if self.world.is_main:
+            with state.new_folder(model) as folder:
+                self._write_model(folder)
+        self.journal.record("end", step=self.step, loss=self.loss, validation_loss=self.validation_loss)
+        return PretrainResult(self.folder, model, self.step, self.loss, self.validation_loss, False)
+
+    def close(self) -> None:
+        """Ends the threads and closes the files."""
+        self.feed.close()
+        self.journal.close()
+
+    # -- building ------------------------------------------------------------------------------------------------------
+
+    def _build_data(self) -> None:
+        config = self.config
+        self.tokenizer, corpus, held_out = setup.open_data(config, self.world)
+        self.data_digest = setup.digest(corpus)
+        self.objective = setup.objective(config, corpus, self.tokenizer)
+        self.held_out = None if held_out is None else setup.objective(config, held_out, self.tokenizer)
+        self.feed = Feed(self.objective, config.batch_size, config.accumulation, self.world)
+        self.steps = config.steps or max(1, int((config.epochs or 1) * self.feed.updates_per_epoch))
+
+    def _build_model(self, resumed: Path | None) -> None:
+        config, device = self.config, self.world.device
+        factor = schedule(config.schedule, steps=self.steps, warmup=config.warmup, degree=config.degree)
+        self.lr = lambda step: config.lr * factor(step)
+        torch.manual_seed(config.seed)
+        self.model = setup.build_model(config, self.tokenizer, resumed).to(device).train()
+        self.parallel = self.world.parallel(self.model)
+        groups = param_groups(self.model, config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast == torch.float16)
+
+    def _open_journal(self, resumed: Path | None) -> Journal:
+        if not self.world.is_main:
+            return Journal(None)
+        if resumed is None:
+            setup.clear_folder(self.folder)
+        journal = Journal(
+            self.folder, tensorboard=self.config.tensorboard, resume_from=None if resumed is None else self.step
+        )
+        journal.record(
+            "begin" if resumed is None else "resume",
+            time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            step=self.step,
+            steps=self.steps,
+            versions=setup.versions(),
+            device=setup.device_name(self.world.device),
+            processes=self.world.size,
+            threads=torch.get_num_threads(),
+            precision=str(self.autocast or torch.float32).removeprefix("torch."),
+            parameters=self.model.num_parameters(),
+            samples=len(self.objective),
+            architecture=self.model.config.to_dict(),
+            config=asdict(self.config),
+        )
+        return journal
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def _train_step(self) -> bool:
+        """False if the loss scaler skipped the update."""
+        batches = self.feed.take(self.update)
+        (labels,) = self.world.sum(sum(batch.labels for batch in batches))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(self.step)
+        for index, batch in enumerate(batches):
+            torch.manual_seed(_derived_seed(self.config.seed, self.update, index, self.world.rank))
+            local = self.world.size > 1 and index < len(batches) - 1  # gradients are exchanged once per update
+            with self.parallel.no_sync() if local else nullcontext():
+                self._accumulate(batch, labels)
+        self.update += 1
+        return self._apply_gradients()
+
+    def _accumulate(self, batch: MicroBatch, labels: float) -> None:
+        """Adds the gradients of a micro-batch's share in the mean over all labels of the update."""
+        loss = self._loss(self.parallel, batch)
+        # DistributedDataParallel divides by the number of processes.
+        self.scaler.scale(loss * (batch.labels * self.world.size / labels)).backward()
+        loss = loss.detach().double()
+        self.loss_sum += loss * batch.labels
+        self.labels += batch.labels
+        self.tokens += len(batch.batch.input_ids)
+        self.first_bad = torch.where(loss.isfinite(), self.first_bad, self.first_bad.clamp(max=self.update))
+
+    def _loss(self, model, batch: MicroBatch) -> torch.Tensor:
+        device = self.world.device
+        batch = batch.batch.to(device, non_blocking=True)
+        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+            output = model(
+                batch.input_ids,
+                token_type_ids=batch.token_type_ids,
+                labels=batch.labels,
+                cu_seqlens=batch.cu_seqlens,
+                max_seqlen=batch.max_seqlen,
+                return_logits=False,
+            )
+        return output.loss
+
+    def _apply_gradients(self) -> bool:
+        self.scaler.unscale_(self.optimizer)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        made = self.scaler.get_scale() >= scale
+        self.step += made
+        if not made and scale < _SMALLEST_LOSS_SCALE:
+            raise FastBertError(
+                f"gradients overflow in fp16 even with a loss scale of {scale:g}, after step {self.step}; nothing was "
+                "saved since the last checkpoint. Try precision='bf16'"
+            )
+        return made
+
+    # -- between steps -------------------------------------------------------------------------------------------------
+
+    def _after_step(self, made: bool, stop: bool) -> None:
+        config, last = self.config, self.step == self.steps
+        log = made and (last or _due(self.step, config.log_every))
+        validate = made and self.held_out is not None and (last or _due(self.step, config.validate_every))
+        save = stop or made and (last or _due(self.step, config.checkpoint_every))
+        if self.world.device.type == "cpu" or log or validate or save:  # on a GPU, looking means waiting
+            self._check_finite()
+        self.journal.advance(self.step)
+        if log:
+            self._log()
+        begin = time.perf_counter()
+        if validate:
+            self._validate()
+        if save:
+            self._save()
+        self._mark += time.perf_counter() - begin
+
+    def _check_finite(self) -> None:
+        bad = -self.world.max(-self.first_bad.item())[0]
+        if math.isinf(bad):
+            return
+        epoch, samples = self.feed.samples(int(bad))
+        self.journal.record("error", reason="loss", update=int(bad), epoch=epoch, samples=samples.tolist())
+        shown = ", ".join(map(str, samples[:16])) + (", ... (all in the log)" if len(samples) > 16 else "")
+        raise FastBertError(
+            f"the loss is not finite in step {int(bad) + 1}, on samples {shown} of epoch {epoch}; nothing was saved "
+            "since the last checkpoint. Try a lower lr, a longer warmup, or precision='fp32'"
+        )
+
+    def _window(self) -> list[float]:
+        """Sum of loss x labels, labels and tokens since the last record, over all processes."""
+        return self.world.sum(self.loss_sum.item(), self.labels, self.tokens)
+
+    def _log(self) -> None:
+        loss, labels, tokens = self._window()
+        self.loss_sum.zero_()
+        self.labels = self.tokens = 0
+        now = time.perf_counter()
+        speed, lr = tokens / (now - self._mark), self.lr(self.step - 1)
+        self._mark, self.loss = now, loss / labels
+        self.journal.record(
+            "train",
+            step=self.step,
+            loss=self.loss,
+            lr=lr,
+            grad_norm=self.grad_norm.item(),
+            tokens=int(tokens),
+            tokens_per_second=round(speed, 1),
+        )
+        self.journal.progress(self.step, self.loss, lr, speed)
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        count = min(len(self.held_out), self.config.validation_samples)
+        chosen = torch.linspace(0, len(self.held_out) - 1, count, dtype=torch.float64).long().numpy()
+        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        size, rank = self.config.batch_size, self.world.rank
+        self.model.eval()
+        for begin in range(rank * size, count, self.world.size * size):
+            batch = micro_batch(self.held_out, chosen[begin : begin + size], 0, self.world)
+            loss = self._loss(self.model, batch).double()
+            total += torch.stack([loss * batch.labels, torch.full_like(loss, batch.labels)])
+        self.model.train()
+        loss, labels = self.world.sum(*total.tolist())
+        self.validation_loss = loss / labels
+        self.journal.record("validation", step=self.step, loss=self.validation_loss)
+        perplexity = math.exp(min(self.validation_loss, 700.0))
+        figures = f"validation loss {self.validation_loss:.4f}, perplexity {perplexity:,.1f}"
+        self.journal.say(f"step {self.step}/{self.steps}: {figures}")
+
+    # -- saving and resuming -------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        window = self._window()
+        if self.world.is_main:
+            content = {
+                "step": self.step,
+                "update": self.update,
+                "window": window,
+                "loss": None if math.isnan(self.loss) else self.loss,
+                "validation_loss": self.validation_loss,
+                "scaler": self.scaler.state_dict(),
+                "data": self.data_digest,
+                "global_batch": self.feed.global_batch,
+                "config": asdict(self.config),
+                "versions": setup.versions(),
+            }
+            moments, root = state.optimizer_tensors(self.model, self.optimizer), self.folder / setup.CHECKPOINTS
+            folder = state.save(root, self.step, self._write_model, moments, content)
+            state.prune(root, self.config.keep_last)
+            self.journal.record("checkpoint", step=self.step, folder=folder.name)
+        self.world.barrier()
+
+    def _restore(self, checkpoint: Path) -> None:
+        content = state.read_state(checkpoint)
+        setup.check_resumable(self.config, content, self.feed.global_batch, self.data_digest)
+        state.load_optimizer(self.model, self.optimizer, checkpoint)
+        self.scaler.load_state_dict(content["scaler"])
+        self.step, self.update = content["step"], content["update"]
+        self.loss = math.nan if content["loss"] is None else content["loss"]
+        self.validation_loss = content["validation_loss"]
+        if self.world.is_main:
+            loss, self.labels, self.tokens = content["window"]
+            self.loss_sum.fill_(loss)
+
+    def _write_model(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _derived_seed(*numbers: int) -> int:
+    """A seed of 63 bits that is as good as independent for every tuple of numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1

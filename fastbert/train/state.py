@@ -1,0 +1,181 @@
+"""Checkpoints: folders that are complete or absent, with a checksum of every file, and without pickle.
+
+A checkpoint is a model folder in the transformers layout (config.json, model.safetensors, tokenizer files) with
+optimizer.safetensors, state.json and manifest.json beside it. It is written under a temporary name, synced to disk and
+then renamed; which one is the latest is found by looking, so that there is no pointer that could be wrong.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastbert.errors import CheckpointError, MissingFileError
+
+STATE, OPTIMIZER, MANIFEST = "state.json", "optimizer.safetensors", "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})")
+_CHUNK = 1 << 22
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place, synced to disk, if the body succeeds, and vanishes if
+    not.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        doomed = _aside(target)
+        temporary.rename(target)
+        _sync(target.parent)
+        shutil.rmtree(doomed, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, if it is there, so that no part of it is ever seen under its name."""
+    shutil.rmtree(_aside(folder), ignore_errors=True)
+
+
+def name_of(step: int) -> str:
+    """The name of the checkpoint folder of a step."""
+    return f"step-{step:08d}"
+
+
+def save(root: Path, step: int, write_model: Callable[[Path], None], optimizer: dict[str, Tensor], state: dict) -> Path:
+    """Writes the checkpoint of `step` under `root`. write_model(folder) writes the model and its tokenizer."""
+    folder = root / name_of(step)
+    with new_folder(folder) as temporary:
+        write_model(temporary)
+        save_file(optimizer, temporary / OPTIMIZER)
+        _write_json(temporary / STATE, state)
+        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        _write_json(temporary / MANIFEST, {"format": "fastbert checkpoint", "version": 1, "files": files})
+    return folder
+
+
+def prune(root: Path, keep_last: int) -> None:
+    """Removes all but the newest `keep_last` checkpoints."""
+    for folder in _newest_first(root)[keep_last:]:
+        remove_folder(folder)
+
+
+def latest(root: Path, report: Callable[[str], None]) -> Path:
+    """The newest undamaged checkpoint under `root`.
+
+    Damaged ones are named in a call of `report` and passed over. MissingFileError if there is no checkpoint,
+    CheckpointError if none is undamaged.
+    """
+    folders = _newest_first(root)
+    if not folders:
+        raise MissingFileError(f"{root} has no complete checkpoint to resume from")
+    for folder in folders:
+        try:
+            verify(folder)
+            return folder
+        except CheckpointError as error:
+            report(f"{error}; trying the checkpoint before it")
+    raise CheckpointError(f"all {len(folders)} checkpoints in {root} are damaged")
+
+
+def verify(folder: Path) -> None:
+    """CheckpointError unless every file that the manifest names is there with its size and checksum."""
+    path = folder / MANIFEST
+    try:
+        files = dict(json.loads(path.read_bytes())["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is missing or damaged: {error}") from None
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing")
+        found = {"bytes": (folder / name).stat().st_size}
+        if found["bytes"] == expected["bytes"]:
+            found = _fingerprint(folder / name)
+        if found != expected:
+            raise CheckpointError(f"{folder / name} is damaged: it has {found}, the manifest says {expected}")
+
+
+def read_state(folder: Path) -> dict:
+    """The contents of state.json."""
+    try:
+        return json.loads((folder / STATE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / STATE} is missing or damaged: {error}") from None
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as tensors named `<parameter>/<quantity>`."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}/{key}": value.detach().cpu().contiguous()
+        for parameter, quantities in optimizer.state.items()
+        for key, value in quantities.items()
+    }
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Puts back what `optimizer_tensors` gave; CheckpointError if it does not fit the model."""
+    parameters, state = dict(model.named_parameters()), {}
+    try:
+        with safe_open(folder / OPTIMIZER, framework="pt", device="cpu") as file:
+            for key in file.keys():
+                name, _, quantity = key.rpartition("/")
+                state.setdefault(name, {})[quantity] = file.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / OPTIMIZER} is damaged: {error}") from None
+    if odd := sorted(set(state) ^ set(parameters)):
+        raise CheckpointError(f"{folder / OPTIMIZER} does not fit the model: {odd[0]!r} is only in one of them")
+    names = {parameter: name for name, parameter in parameters.items()}
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    content = optimizer.state_dict()
+    content["state"] = {index: state[names[parameter]] for index, parameter in enumerate(ordered)}
+    optimizer.load_state_dict(content)
+
+
+def _aside(folder: Path) -> Path:
+    """Takes the name from a folder, if it is there; returns what it is called now."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if folder.exists():
+        folder.rename(doomed)
+    return doomed
+
+
+def _newest_first(root: Path) -> list[Path]:
+    found = [(int(match[1]), path) for path in root.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _fingerprint(path: Path) -> dict:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,539 @@
+"""Training: what a run promises about its losses, its checkpoints, its end and its errors."""
+
+import json
+import math
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastbert
+from fastbert.data import Corpus, Tokenizer, prepare
+from fastbert.errors import CheckpointError, ConfigError, DataError, FastBertError, MissingFileError
+from fastbert.train import PretrainConfig, fill, pretrain, state
+
+ROOT = Path(__file__).parent.parent
+training = import_module("fastbert.train.pretrain")  # the name in fastbert.train is the function
+TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_text(path, documents=60, seed=0):
+    """Documents of random words; each word is two characters that always go together."""
+    draw = random.Random(seed)
+    words = ["天地", "山川", "日月", "风雨", "草木", "人心", "古今", "东西"]
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(documents):
+            for _ in range(3):
+                file.write(" ".join(draw.choices(words, k=8)) + "\n")
+            file.write("\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    text = write_text(folder / "text.txt")
+    tokenizer = Tokenizer.train(text, 100, progress=False)
+    prepare(text, tokenizer, folder / "corpus", words="segmented", validation_fraction=0.1, progress=False)
+    return folder / "corpus"
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    return PretrainConfig(
+        data=str(data),
+        out=str(tmp_path / "run"),
+        model=TINY,
+        max_length=20,
+        batch_size=8,
+        steps=12,
+        lr=1e-3,
+        warmup=2,
+        log_every=4,
+        validate_every=6,
+        checkpoint_every=5,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    """One run of the config above that went through."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    arguments = dict(max_length=20, batch_size=8, steps=12, lr=1e-3, warmup=2, log_every=4, validate_every=6)
+    torch.set_num_threads(1)
+    pretrain(PretrainConfig(data=str(data), out=str(out), model=TINY, checkpoint_every=5, device="cpu", **arguments))
+    return out
+
+
+def losses(out):
+    """What the log says of each step, without what a clock says."""
+    records = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    kept = ("event", "step", "loss", "lr", "grad_norm", "tokens")
+    return [{k: r[k] for k in kept if k in r} for r in records if r["event"] in ("train", "validation")]
+
+
+def same_end(out, other):
+    """Both runs ended with the same weights and moments, bit by bit, and told the same losses on the way."""
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        one, two = (load_file(Path(o) / "checkpoints" / "step-00000012" / name) for o in (out, other))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one), name
+    assert losses(out) == losses(other)
+
+
+def close_end(out, other, step=12):
+    one, two = (load_file(Path(o) / "checkpoints" / f"step-{step:08d}" / "model.safetensors") for o in (out, other))
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=2e-5)
+    for a, b in zip(losses(out), losses(other), strict=True):
+        assert a["event"] == b["event"] and math.isclose(a["loss"], b["loss"], rel_tol=1e-5)
+
+
+def interrupt_at(monkeypatch, update, number=signal.SIGINT):
+    step = training.Trainer._train_step
+
+    def train_step(self):
+        if self.update == update:
+            os.kill(os.getpid(), number)
+        return step(self)
+
+    monkeypatch.setattr(training.Trainer, "_train_step", train_step)
+
+
+# -- a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_leaves_a_model_that_loads(config):
+    easy = dict(masking="token", packing="single", model=TINY | NO_DROPOUT, batch_size=32)
+    result = pretrain(replace(config, **easy, steps=300, lr=1e-2, log_every=50, validate_every=0, checkpoint_every=0))
+    train = [record["loss"] for record in losses(config.out) if record["event"] == "train"]
+    assert train[-1] < train[0] - 0.5 and result.loss == train[-1]
+    assert result.validation_loss < math.log(16)  # 16 characters
+    model, tokenizer = fastbert.from_pretrained(result.model), Tokenizer.from_pretrained(result.model)
+    assert isinstance(model, fastbert.RoFormerForMaskedLM) and model.config.vocab_size == tokenizer.vocab_size
+    (best,) = fill(model, tokenizer, "天地山[MASK]日月", top=3)
+    assert best[0][0] == "川" and len(best) == 3 and best[0][1] > best[1][1]
+    header = json.loads((Path(config.out) / "log.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert header["event"] == "begin" and header["versions"]["torch"] == torch.__version__
+    assert header["device"].startswith("cpu") and header["config"]["lr"] == 1e-2
+
+
+def test_the_log_counts_real_tokens(uninterrupted, config):
+    made = training.Trainer(config, training.World(torch.device("cpu")))
+    try:
+        tokens = sum(len(batch.batch.input_ids) for update in range(4) for batch in made.feed.take(update))
+    finally:
+        made.close()
+    assert losses(uninterrupted)[0]["tokens"] == tokens
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "albert", "nezha", "electra"])
+def test_every_family_trains(config, family):
+    changes = {"embedding_size": 8} if family in ("albert", "electra") else {}
+    result = pretrain(replace(config, variant=family, model=TINY | changes, steps=3))
+    assert fastbert.from_pretrained(result.model).config.model_type == family
+    assert math.isfinite(result.validation_loss)
+
+
+def test_validation_is_the_same_twice_and_does_not_disturb(config, uninterrupted, tmp_path):
+    pretrain(replace(config, validate_every=1))
+    one, two = ([r for r in losses(out) if r["event"] == "train"] for out in (config.out, uninterrupted))
+    assert one == two
+    assert [r for r in losses(config.out) if r["event"] == "validation"][-1] == losses(uninterrupted)[-1]
+
+
+def test_accumulation_equals_the_large_batch(config, tmp_path):
+    whole = replace(config, model=TINY | NO_DROPOUT, clip=0.1)
+    pretrain(whole)
+    pretrain(replace(whole, batch_size=2, accumulation=4, out=str(tmp_path / "parts")))
+    close_end(config.out, tmp_path / "parts")
+
+
+def test_epochs_in_place_of_steps(config):
+    result = pretrain(replace(config, steps=None, epochs=2))
+    made = training.Trainer(replace(config, overwrite=True), training.World(torch.device("cpu")))
+    made.close()
+    assert result.step == 2 * (len(made.objective) // 8)
+
+
+def test_tensorboard_on_request(config):
+    pytest.importorskip("tensorboard")
+    pretrain(replace(config, steps=4, tensorboard=True))
+    assert list((Path(config.out) / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_autocast_trains_with_fp32_weights(config, precision):
+    result = pretrain(replace(config, precision=precision))
+    assert math.isfinite(result.loss)
+    assert fastbert.from_pretrained(result.model).head.bias.dtype == torch.float32
+
+
+def test_an_update_that_overflows_moves_neither_weights_nor_schedule(config, monkeypatch):
+    apply, seen = training.Trainer._apply_gradients, []
+
+    def overflow_in_the_third(self):
+        if self.update == 3:
+            self.model.head.bias.grad.fill_(math.inf)
+        before = self.model.head.bias.detach().clone()
+        made = apply(self)
+        seen.append((made, self.step, torch.equal(before, self.model.head.bias), self.scaler.get_scale()))
+        return made
+
+    monkeypatch.setattr(training.Trainer, "_apply_gradients", overflow_in_the_third)
+    # without weights in fp16 products, fp16 on a CPU needs the scaler all the same
+    pretrain(replace(config, precision="fp16", steps=5, log_every=1))
+    skipped = [i for i, (made, *_) in enumerate(seen) if not made]
+    assert 2 in skipped and len(seen) == 5 + len(skipped)
+    assert all(unchanged for made, _, unchanged, _ in seen if not made)
+    assert seen[2][3] == seen[1][3] / 2
+    steps = [record["step"] for record in losses(config.out) if record["event"] == "train"]
+    assert steps == [1, 2, 3, 4, 5]
+
+
+# -- the end before the end ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_resumed_run_equals_the_uninterrupted_one(config, uninterrupted, monkeypatch, number):
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 6, number)
+        result = pretrain(config)
+    assert result.interrupted and result.model is None and result.step == 7
+    assert [f.name for f in sorted((Path(config.out) / "checkpoints").iterdir())] == ["step-00000005", "step-00000007"]
+    result = pretrain(replace(config, resume=True))
+    assert not result.interrupted and result.step == 12
+    same_end(config.out, uninterrupted)
+
+
+def test_a_run_that_was_killed_resumes_from_its_last_checkpoint(config, uninterrupted, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    step = training.Trainer._train_step
+
+    def die(self):
+        if self.update == 9:
+            raise Killed
+        return step(self)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(training.Trainer, "_train_step", die)
+        pretrain(config)
+    with open(Path(config.out) / "log.jsonl", "a", encoding="utf-8") as log:
+        log.write('{"event": "train", "step": 9, "lo')  # a line cut short
+    pretrain(replace(config, resume=True))
+    same_end(config.out, uninterrupted)
+
+
+def test_ctrl_c_saves_and_prints_the_command_that_resumes(config, uninterrupted, tmp_path):
+    flags = f"--data {config.data} --out {config.out} --max-length 20 --batch-size 8 --steps 12 --lr 1e-3 --warmup 2"
+    flags += " --log-every 4 --validate-every 6 --checkpoint-every 5 --threads 1 --device cpu --model"
+    flags += "".join(f" {name}={value}" for name, value in TINY.items())
+    # a signal that comes from outside, at a step that is known
+    script = (
+        "import os, signal, sys\n"
+        "from importlib import import_module\n"
+        "from fastbert import cli\n"
+        "trainer = import_module('fastbert.train.pretrain').Trainer\n"
+        "step = trainer._train_step\n"
+        "def wait(self):\n"
+        "    if self.update == 7:\n"
+        "        print('READY', flush=True)\n"
+        "        sys.stdin.readline()\n"
+        "    return step(self)\n"
+        "trainer._train_step = wait\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-c", script, "pretrain", *flags.split()]
+    with subprocess.Popen(command, **pipes, text=True, env=environment()) as run:
+        while "READY" not in (line := run.stdout.readline()):
+            assert line, run.stderr.read()
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate("\n", timeout=60)
+    assert run.returncode == 130, err
+    assert "Ctrl-C again" in err and "stopped after step 8" in out
+    command = shlex.split(out.splitlines()[-1])
+    assert command[1:4] == ["-m", "fastbert", "pretrain"] and command[-1] == "--resume"
+    done = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    same_end(config.out, uninterrupted)
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_second_ctrl_c_stops_at_once(monkeypatch):
+    module = import_module("fastbert.train.interrupt")
+    clock = iter([100.0, 100.5, 102.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    with pytest.raises(KeyboardInterrupt), module.Interrupt(announce=False) as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.requested
+        os.kill(os.getpid(), signal.SIGINT)  # the same, passed on by torchrun
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_a_model_folder_and_only_the_last_are_kept(config):
+    pretrain(replace(config, checkpoint_every=2, keep_last=2))
+    checkpoints = sorted((Path(config.out) / "checkpoints").iterdir())
+    assert [folder.name for folder in checkpoints] == ["step-00000010", "step-00000012"]
+    assert isinstance(fastbert.from_pretrained(checkpoints[0]), fastbert.RoFormerForMaskedLM)
+    assert Tokenizer.from_pretrained(checkpoints[0]).vocab_size > 5
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    if how == "flipped":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("model.safetensors", "flipped"),
+        ("optimizer.safetensors", "cut"),
+        ("state.json", "missing"),
+        ("manifest.json", "cut"),
+    ],
+)
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(config, uninterrupted, capsys, name, how):
+    shutil.copytree(uninterrupted, config.out)
+    damage(Path(config.out) / "checkpoints" / "step-00000012" / name, how)
+    damage(Path(config.out) / "checkpoints" / "step-00000010" / name, how)
+    pretrain(replace(config, resume=True))
+    said = capsys.readouterr().out
+    assert said.count("trying the checkpoint before it") == 2 and f"step-00000012/{name}" in said
+    same_end(config.out, uninterrupted)
+    if how == "cut":
+        for folder in (Path(config.out) / "checkpoints").iterdir():
+            damage(folder / name, how)
+        with pytest.raises(CheckpointError, match="all 3 checkpoints"):
+            pretrain(replace(config, resume=True))
+
+
+def test_a_save_that_fails_anywhere_leaves_the_old_checkpoint_or_the_new(tmp_path, monkeypatch):
+    """Stops a save at each of its file operations in turn; what is found then is whole, and a later save succeeds."""
+
+    class PowerCut(BaseException):
+        pass
+
+    left = math.inf
+
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise PowerCut
+            return function(*args, **kwargs)
+
+        return call
+
+    def write(folder):
+        (folder / "model.safetensors").write_bytes(b"weights")
+
+    moments = {"w/exp_avg": torch.ones(2)}
+    state.save(tmp_path, 1, write, moments, {"step": 1})
+    for owner, name in ((state, "_sync"), (state, "save_file"), (state, "_fingerprint"), (state, "_write_json")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    monkeypatch.setattr(Path, "rename", counted(Path.rename))
+    monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+    stopped = 0
+    for operations in range(100):
+        left = operations
+        try:
+            state.save(tmp_path, 2, write, moments, {"step": 2})
+            break
+        except PowerCut:
+            stopped += 1
+        finally:
+            left = math.inf
+        assert state.latest(tmp_path, pytest.fail).name in ("step-00000001", "step-00000002")
+    assert stopped > 10
+    assert state.latest(tmp_path, pytest.fail).name == "step-00000002"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(lr=2e-3), "lr is 0.002, but .* begun with 0.001"),
+        (dict(model=TINY | NO_DROPOUT), "model is .*hidden_dropout_prob"),
+        (dict(batch_size=4), "batch_size x accumulation x processes is 4, but .* with 8"),
+        (dict(seed=1), "seed is 1, but .* with 0"),
+    ],
+)
+def test_resuming_with_other_settings_names_field_and_values(config, uninterrupted, change, said):
+    shutil.copytree(uninterrupted, config.out)
+    with pytest.raises(ConfigError, match=said):
+        pretrain(replace(config, resume=True, **change))
+
+
+def test_resuming_with_other_data_is_refused_and_with_another_split_of_the_batch_is_not(
+    config, uninterrupted, tmp_path
+):
+    shutil.copytree(uninterrupted, config.out)
+    tokenizer = Corpus.open(config.data).load_tokenizer()
+    text = write_text(tmp_path / "other.txt", seed=1)
+    prepare(text, tokenizer, tmp_path / "other", words="segmented", validation_fraction=0.1, progress=False)
+    with pytest.raises(ConfigError, match="data .checksum. is"):
+        pretrain(replace(config, resume=True, data=str(tmp_path / "other")))
+    shutil.rmtree(Path(config.out) / "checkpoints" / "step-00000012")
+    result = pretrain(replace(config, resume=True, batch_size=4, accumulation=2, log_every=1))
+    assert result.step == 12
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_two_processes_equal_one_with_the_same_global_batch(config, tmp_path):
+    alone = replace(config, model=TINY | NO_DROPOUT, batch_size=4, accumulation=4, steps=6)
+    pretrain(alone)
+    together = tmp_path / "together"
+    flags = dict(
+        data=config.data, out=together, max_length=20, batch_size=4, accumulation=2, steps=6, lr=1e-3, warmup=2
+    )
+    flags |= dict(log_every=4, validate_every=6, checkpoint_every=5, device="cpu")
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words += ["--model", *(f"{name}={value}" for name, value in (TINY | NO_DROPOUT).items())]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastbert"]
+    done = subprocess.run([*command, "pretrain", *words], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 6/6: validation loss") == 1  # one process talks
+    close_end(config.out, together, step=6)
+
+
+# -- what can be wrong -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(config):
+    with pytest.raises(FastBertError, match=r"not finite in step \d+, on samples \d+, .* of epoch 0") as caught:
+        pretrain(replace(config, lr=1e30, warmup=0, clip=0, checkpoint_every=1))
+    log = [json.loads(line) for line in (Path(config.out) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert log[-1]["event"] == "error" and len(log[-1]["samples"]) == 8
+    assert f"step {log[-1]['update'] + 1}," in str(caught.value)
+    saved = sorted((Path(config.out) / "checkpoints").iterdir())
+    assert len(saved) == log[-1]["update"]
+    assert not (Path(config.out) / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        (dict(data=None), ConfigError, "neither data nor files"),
+        (dict(data="/nowhere"), MissingFileError, "/nowhere"),
+        (dict(files=["/nowhere.txt"], data=None), MissingFileError, "/nowhere.txt"),
+        (dict(variant="bert", max_length=600), ConfigError, "max_length is 600, but the model has 512 positions"),
+        (dict(model=dict(vocab_size=6)), ConfigError, "vocab_size of the model is 6, but the tokenizer has"),
+        (dict(model=dict(hiden_size=6)), ConfigError, "hidden_size"),
+        (dict(preset="bert-bse"), ConfigError, "bert-"),
+        (
+            dict(preset="bert-tiny", model={}, variant="nezha"),
+            ConfigError,
+            "variant is 'nezha', but bert-tiny is 'bert'",
+        ),
+        (dict(init="/nowhere", model={}), MissingFileError, "/nowhere"),
+        (dict(init="/nowhere"), ConfigError, "the folder decides"),
+        (dict(resume=True), MissingFileError, "no run to resume"),
+        (dict(batch_size=1000), ConfigError, "1000 samples, but the corpus gives"),
+        (dict(warmup=50), ConfigError, "warmup is 50"),
+        (dict(device="tpu"), ConfigError, "device is 'tpu'"),
+    ],
+)
+def test_what_cannot_work_is_an_error_before_the_first_step(config, change, error, said):
+    with pytest.raises(error, match=said):
+        pretrain(replace(config, **change))
+    assert not (Path(config.out) / "checkpoints").exists()
+
+
+def test_a_run_in_the_way_is_not_overwritten_unasked(config, uninterrupted):
+    shutil.copytree(uninterrupted, config.out)
+    with pytest.raises(ConfigError, match="contains a run"):
+        pretrain(config)
+    with pytest.raises(ConfigError, match="positions"):  # nor for a run that cannot begin
+        pretrain(replace(config, overwrite=True, variant="bert", max_length=600))
+    same_end(config.out, uninterrupted)
+    assert pretrain(replace(config, overwrite=True, steps=2)).step == 2
+    assert [f.name for f in (Path(config.out) / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_init_begins_from_weights_and_refuses_another_tokenizer(config, uninterrupted, tmp_path):
+    begun = pretrain(replace(config, init=str(uninterrupted / "model"), model={}, steps=2, lr=0.0))
+    one, two = (load_file(folder / "model.safetensors") for folder in (begun.model, uninterrupted / "model"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    text = write_text(tmp_path / "text.txt", 40)
+    prepare(
+        text, Tokenizer.train(text, 12, progress=False), tmp_path / "other", validation_fraction=0.1, progress=False
+    )
+    with pytest.raises(CheckpointError, match="was trained with the tokenizer"):
+        pretrain(
+            replace(config, data=str(tmp_path / "other"), init=str(uninterrupted / "model"), model={}, overwrite=True)
+        )
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (dict(lr="fast"), "lr is 'fast'"),
+        (dict(lr=-1.0), "lr is -1.0, expected at least 0"),
+        (dict(lr=math.nan), "lr is nan"),
+        (dict(steps=1.5), "steps is 1.5"),
+        (dict(steps=True), "steps is True"),
+        (dict(betas=(0.9, 1.0)), "betas is 1.0, expected less than 1"),
+        (dict(betas=(0.9,)), "expected 2 values"),
+        (dict(files="a.txt"), "files is 'a.txt', expected a list"),
+        (dict(masking="whole-word"), "did you mean 'whole_word'"),
+        (dict(data="a", files=["b"]), "data is 'a' and files"),
+        (dict(steps=1, epochs=1), "steps is 1 and epochs is 1"),
+        (dict(resume=True, overwrite=True), "resume and overwrite"),
+    ],
+)
+def test_wrong_values_are_named(values, said):
+    with pytest.raises(ConfigError, match=said):
+        PretrainConfig(**values)
+
+
+def test_unknown_keys_get_the_nearest_name():
+    with pytest.raises(ConfigError, match="unknown key 'warm_up' = 3 .did you mean 'warmup'"):
+        PretrainConfig.from_dict({"warm_up": 3})
+    assert PretrainConfig.from_dict({"lr": "1e-4", "betas": [0.9, 0.98]}).betas == (0.9, 0.98)
+
+
+def test_filling_wants_a_blank(uninterrupted):
+    model, tokenizer = (
+        fastbert.from_pretrained(uninterrupted / "model"),
+        Tokenizer.from_pretrained(uninterrupted / "model"),
+    )
+    with pytest.raises(DataError, match="no blank"):
+        fill(model, tokenizer, "天地")
