@@ -52,7 +52,7 @@ class Embeddings(nn.Module):
             self.word.weight,
             self.norm.weight,
             self.norm.bias,
-            token_type_ids=torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids,
+            token_type_ids=token_type_ids,
             token_type_embeddings=self.token_type.weight,
             position_ids=position_ids,
             position_embeddings=None if self.position is None else self.position.weight,

@@ -130,6 +130,17 @@ def test_loss_is_the_mean_over_labels_with_and_without_logits(family):
         torch.testing.assert_close(parameter.grad, gradients[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("family", ["bert", "nezha"])  # packed, and dense because of the hole
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_labels_at_padded_positions_do_not_count(family, return_logits):
+    model = build(family).eval()
+    ids, _, labels = batch([8, 8])
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[0, :3] = mask[1, 4] = False
+    clean = model(ids, mask, labels=labels.masked_fill(~mask, -100), return_logits=return_logits).loss
+    assert torch.equal(model(ids, mask, labels=labels.where(mask, ids), return_logits=return_logits).loss, clean)
+
+
 def test_no_label_is_loss_zero():
     model = build("bert")
     ids, mask, labels = batch([5, 3])

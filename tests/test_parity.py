@@ -145,6 +145,17 @@ def test_golden(case, backend, tmp_path):
     assert_close(without_frozen_rows(golden, grads), without_frozen_rows(golden, golden["grad"]))
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if Golden(case).facts["architecture"].endswith("ForMaskedLM")])
+def test_golden_loss_without_logits(case, tmp_path):
+    """The loss that pretraining takes, from labelled rows only, and its gradients: to 1e-9."""
+    golden = Golden(case)
+    model = golden.model(tmp_path / "model").eval()
+    loss = model(**golden["input"], return_logits=False).loss
+    loss.backward()
+    assert_close({"loss": loss}, {"loss": golden["output"]["loss"]})
+    assert_close(gradients(model, tmp_path / "grads"), golden["grad"])
+
+
 @pytest.mark.parametrize("case", FP32_TABLE_CASES)
 def test_golden_fp32_table(case, tmp_path):
     """Against NEZHA and RoFormer as transformers builds them, with sinusoids rounded to float32: to 1e-5."""

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert import checkpoint, ops
@@ -335,11 +334,9 @@ class MaskedLMModel(PretrainedModel):
             output_hidden_states=output_hidden_states,
         )
         word = self.model.embeddings.word.weight
-        if not return_logits:
-            return MaskedLMOutput(self._loss_of_labelled_rows(rows, word, layout.pack(labels)), None, states)
-        logits = self.head(rows, word)
-        loss = None if labels is None else _cross_entropy(logits, layout.pack(labels), layout)
-        return MaskedLMOutput(loss, layout.unpack(logits), states)
+        loss = None if labels is None else self._loss_of_labelled_rows(rows, word, _labels_of_rows(labels, layout))
+        logits = layout.unpack(self.head(rows, word)) if return_logits else None
+        return MaskedLMOutput(loss, logits, states)
 
     def _loss_of_labelled_rows(self, rows: Tensor, word: Tensor, labels: Tensor) -> Tensor:
         rows, labels = rows.reshape(-1, rows.shape[-1]), labels.reshape(-1)
@@ -363,10 +360,7 @@ class MaskedLMModel(PretrainedModel):
                 )
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, layout: Layout) -> Tensor:
-    if layout.key_padding_mask is not None:
-        labels = labels.masked_fill(~layout.key_padding_mask, IGNORE_INDEX)
-    logits = logits.reshape(-1, logits.shape[-1])
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    total = F.cross_entropy(logits, labels.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
+def _labels_of_rows(labels: Tensor, layout: Layout) -> Tensor:
+    """Labels as rows; a padded position has none."""
+    labels = layout.pack(labels)
+    return labels if layout.key_padding_mask is None else labels.masked_fill(~layout.key_padding_mask, IGNORE_INDEX)
