@@ -2,10 +2,15 @@
 forward and backward written out. What portable.py runs where PyTorch's own attention is slow (dropout on a CPU) or
 cannot serve (relative positions, dropout that follows a seed).
 
-Relative positions add two sums over the table T of reference.sinusoids: q_i.T[clip(j - i) + R] to the scores, and
-sum_j P_ij T[clip(j - i) + R] to the output. Both are products with all of T, [rows, D] x [D, 2R + 1] and
-[rows, 2R + 1] x [2R + 1, D], whose [rows, 2R + 1] side is the band |j - i| <= R of the scores: a strided view (see
-`Tile.band`), so there is no gather, and nothing of size [L, L, D].
+Relative positions add two sums over the table T of reference.sinusoids: q_i.T[clip(j - i, -R, R) + R] to the scores and
+sum_j P_ij T[clip(j - i, -R, R) + R] to the output. Neither needs a gather, or anything of size [L, L, D]:
+
+- From 2R + 1 tokens on, both are products with all of T, [rows, D] x [D, 2R + 1] and [rows, 2R + 1] x [2R + 1, D].
+  Their [rows, 2R + 1] side is the band |j - i| <= R of the scores, which is a strided view (Tile.band); outside of it
+  a query has one term for all keys to the left and one for all to the right.
+- Below, where such a band would be wider than the scores, both are products per query i, over all heads and sequences,
+  with the rows of T for all keys j. If the keys are taken in reverse, these are a window of a table that has a row for
+  each offset, L - 1 down to 1 - L; the windows of all queries together are a strided view as well (_windows).
 """
 
 from collections.abc import Callable, Iterator
@@ -22,6 +27,9 @@ from fastbert.philox import attention_keep, keep_scale, random_keep
 TILE_ROWS = 128
 # On a CPU, short sequences of equal length share a tile until it has this many scores: each call then does more work.
 TILE_SCORES = 2**18
+# On a CPU, sequences up to this length keep their probabilities for the backward, which is then 15 % faster; they take
+# less memory than a layer's other activations. Longer ones, and a GPU, compute them again.
+SAVED_LENGTH = 1024
 
 
 def tiled_attention(
@@ -41,24 +49,27 @@ def tiled_attention(
     mask: bool [B, L], True for a real key; what k and v hold elsewhere must be finite. first: the number of the first
     sequence, for the seed. 16-bit inputs are computed in float32.
     """
+    if q.numel() == 0:
+        return q + k + v  # as empty as the answer, and differentiable in all three
     batch, length, heads, head_dim = q.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype, on_cpu = torch.promote_types(q.dtype, torch.float32), q.device.type == "cpu"
     table = None
     if max_relative_position is not None:
-        table = _table(max_relative_position, length, head_dim, dtype, q.device)
-    group = max(1, TILE_SCORES // max(1, heads * length**2)) if q.device.type == "cpu" else max(1, batch)
-    outputs = []
-    windowed = _is_windowed(table, length)
-    if windowed:
+        table = _sinusoids(max_relative_position, head_dim, dtype, q.device)
+        if length < table.shape[0]:
+            table = _unclipped(table, length)
+    reverse = _is_windowed(table, length)
+    if reverse:
         k, v, mask = k.flip(1), v.flip(1), None if mask is None else mask.flip(1)
-    for start, *qkv in zip(range(0, max(1, batch), group), *(t.split(group) for t in (q, k, v)), strict=True):
+    group = max(1, TILE_SCORES // (heads * length**2)) if on_cpu else batch
+    save = on_cpu and length <= SAVED_LENGTH and torch.is_grad_enabled()
+    outputs = []
+    for start, *qkv in zip(range(0, batch, group), *(t.split(group) for t in (q, k, v)), strict=True):
         size = qkv[0].shape[0]
-        keep, factor = _keep(dropout_p, seed, (size, heads, length, length), first + start, q.device)
-        if windowed and keep is not None:
-            keep = keep.flip(2)
+        keep, factor = _keep(dropout_p, seed, (size, heads, length, length), first + start, reverse, q.device)
         bias = None if mask is None else _score_bias(mask[start : start + size], heads, dtype)
         folded = (t.to(dtype).transpose(1, 2).flatten(0, 1) for t in qkv)
-        output = _TiledAttention.apply(*folded, table, bias, keep, scale, factor)
+        output = _TiledAttention.apply(*folded, table, bias, keep, scale, factor, save)
         outputs.append(output.unflatten(0, (size, heads)).transpose(1, 2))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if mask is not None:
@@ -72,36 +83,42 @@ def attendable(mask: Tensor) -> Tensor:
 
 
 class _TiledAttention(torch.autograd.Function):
-    """q, k, v [N, L, D], N counting the heads of all sequences. table [2R + 1, D], or None. bias [N, 1, L]: 0 for a
-    real key, -inf for a masked one, or None. keep uint8 [N, L, L], or None; what it keeps is multiplied by `factor`.
+    """q, k, v [N, L, D], N counting the heads of all sequences. table: see _scores. bias [N, 1, L]: 0 for a real key,
+    -inf for a masked one, or None. keep uint8 [N, L, L], or None; what it keeps is multiplied by `factor`.
 
-    The backward computes the probabilities again: saving them would cost memory and, as fresh memory is slow, no less
-    time. It needs the same two sums over the table with their roles exchanged, so _scores and _mix serve both ways.
+    The backward needs the same two sums over the table with their roles exchanged, so _scores and _mix serve both ways.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, table, bias, keep, scale, factor):
+    def forward(ctx, q, k, v, table, bias, keep, scale, factor, save):
         output = torch.empty_like(v, memory_format=torch.contiguous_format)
+        saved = []
         for rows in _row_tiles(q.shape[1], table):
             p = _probabilities(q[:, rows], k, table, bias, scale, rows.start)
+            if save:
+                saved.append(p.full)
             if keep is not None:
+                p = p._replace(full=p.full.clone())
                 p.inner.mul_(keep[:, rows].to(q.dtype))
             output[:, rows] = _mix(p, v, table, factor)
-        ctx.save_for_backward(q, k, v, table, bias, keep, output)
+        ctx.save_for_backward(q, k, v, table, bias, keep, output, *saved)
         ctx.factors = scale, factor
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        q, k, v, table, bias, keep, output = ctx.saved_tensors
+        q, k, v, table, bias, keep, output, *saved = ctx.saved_tensors
         scale, factor = ctx.factors
         dq, dk, dv = torch.empty_like(output), torch.zeros_like(output), torch.zeros_like(output)
         with torch.autocast(q.device.type, enabled=False):
-            for rows in _row_tiles(q.shape[1], table):
+            for number, rows in enumerate(_row_tiles(q.shape[1], table)):
                 q_rows, do_rows = q[:, rows], do[:, rows]
-                p = _probabilities(q_rows, k, table, bias, scale, rows.start)
                 dp = _scores(do_rows, v, table, factor, rows.start, pad=0.0)
+                if saved:
+                    p = dp._replace(full=saved[number])
+                else:
+                    p = _probabilities(q_rows, k, table, bias, scale, rows.start)
                 dropped = p.inner
                 if keep is not None:
                     kept = keep[:, rows].to(q.dtype)
@@ -112,7 +129,7 @@ class _TiledAttention(torch.autograd.Function):
                 ds = dp._replace(full=dp.full.sub_(delta).mul_(p.full))
                 dk.baddbmm_(ds.inner.mT, q_rows, alpha=scale)
                 dq[:, rows] = _mix(ds, k, table, scale)
-        return dq, dk, dv, None, None, None, None, None
+        return dq, dk, dv, None, None, None, None, None, None
 
 
 class Tile(NamedTuple):
@@ -147,7 +164,8 @@ class Tile(NamedTuple):
 
 
 def _row_tiles(length: int, table: Tensor | None) -> Iterator[slice]:
-    rows = TILE_ROWS if table is None or _is_windowed(table, length) else min(TILE_ROWS, table.shape[0] - 1)
+    banded = table is not None and not _is_windowed(table, length)
+    rows = min(TILE_ROWS, table.shape[0] - 1) if banded else TILE_ROWS
     return (slice(start, min(start + rows, length)) for start in range(0, length, rows))
 
 
@@ -160,15 +178,15 @@ def _probabilities(q: Tensor, k: Tensor, table: Tensor | None, bias: Tensor | No
 
 def _scores(a: Tensor, b: Tensor, table: Tensor | None, alpha: float, start: int, *, pad: float) -> Tile:
     """alpha a_i.(b_j + T[clip(j - i) + R]) for the rows a [N, rows, D], the first of which is number `start`, and all
-    b [N, L, D]. Columns beyond the keys hold `pad`."""
+    b [N, L, D]. table: T [2R + 1, D], or what _unclipped makes of it if b is in reverse, or None for no second term.
+    Columns of the tile beyond the keys hold `pad`."""
     count, rows, _ = a.shape
     length = b.shape[1]
-    if table is None:
-        return Tile(_product(a, b.mT, alpha), 0, length, start, 0)
-    if _is_windowed(table, length):
+    if table is None or _is_windowed(table, length):
         tile = Tile(_product(a, b.mT, alpha), 0, length, start, 0)
-        terms = torch.bmm(a.transpose(0, 1), _windows(table, start, rows, length).mT)
-        tile.full.add_(terms.transpose(0, 1), alpha=alpha)
+        if table is not None:
+            terms = torch.bmm(a.transpose(0, 1), _windows(table, start, rows, length).mT)
+            tile.full.add_(terms.transpose(0, 1), alpha=alpha)
         return tile
     radius = table.shape[0] // 2
     left, right = max(0, radius - start), max(0, start + rows + radius - length)
@@ -184,20 +202,41 @@ def _scores(a: Tensor, b: Tensor, table: Tensor | None, alpha: float, start: int
 
 
 def _mix(weights: Tile, b: Tensor, table: Tensor | None, alpha: float) -> Tensor:
-    """alpha sum_j weights_ij (b_j + T[clip(j - i) + R]) [N, rows, D]. Columns beyond the keys must hold zeros. Uses up
-    `weights`: its band is set to zero, so that what is left to sum lies outside."""
+    """alpha sum_j weights_ij (b_j + T[clip(j - i) + R]) [N, rows, D]. b and table: as in _scores. Columns of the tile
+    beyond the keys must hold zeros."""
     output = _product(weights.inner, b, alpha)
     if table is None:
         return output
-    length = b.shape[1]
+    count, rows, length = weights.inner.shape
     if _is_windowed(table, length):
-        terms = torch.bmm(weights.full.transpose(0, 1), _windows(table, weights.start, output.shape[1], length))
+        terms = torch.bmm(weights.full.transpose(0, 1), _windows(table, weights.start, rows, length))
         return output.add_(terms.transpose(0, 1), alpha=alpha)
     terms = weights.band.clone(memory_format=torch.contiguous_format)
     weights.band.zero_()
-    terms[:, :, 0] += weights.full[:, :, : weights.split].sum(dim=-1)
-    terms[:, :, -1] += weights.full[:, :, weights.split :].sum(dim=-1)
-    return output.baddbmm_(terms, table.expand(b.shape[0], -1, -1), alpha=alpha)
+    left = weights.full[:, :, : weights.split].sum(dim=-1)
+    right = weights.full[:, :, weights.split :].sum(dim=-1)
+    weights.band.copy_(terms)
+    terms[:, :, 0] += left
+    terms[:, :, -1] += right
+    return output.baddbmm_(terms, table.expand(count, -1, -1), alpha=alpha)
+
+
+def _unclipped(table: Tensor, length: int) -> Tensor:
+    """T's row for each offset j - i there is, in reverse: [2L - 1, D], from offset L - 1 down to 1 - L."""
+    radius = table.shape[0] // 2
+    offset = torch.arange(length - 1, -length, -1, device=table.device).clamp(-radius, radius)
+    return table[offset + radius]
+
+
+def _is_windowed(table: Tensor | None, length: int) -> bool:
+    """Whether the table is of the kind _unclipped makes; T itself serves lengths from 2R + 1 on."""
+    return table is not None and table.shape[0] == 2 * length - 1
+
+
+def _windows(table: Tensor, start: int, rows: int, length: int) -> Tensor:
+    """[rows, L, D]: for query i and key j, in reverse, the table's row i + j; a view that overlaps itself."""
+    width = table.shape[1]
+    return table.as_strided((rows, length, width), (width, width, 1), start * width)
 
 
 def _product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
@@ -205,7 +244,7 @@ def _product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
 
 
 def _keep(
-    p: float, seed: int | None, shape: tuple[int, int, int, int], first: int, device: torch.device
+    p: float, seed: int | None, shape: tuple[int, ...], first: int, reverse: bool, device: torch.device
 ) -> tuple[Tensor | None, float]:
     """Which of the probabilities [B, H, L, L] dropout keeps, uint8 [B H, L, L], and the factor for those."""
     if p == 0.0:
@@ -215,6 +254,7 @@ def _keep(
     else:
         batch, heads, length, _ = shape
         keep, factor = attention_keep(seed, p, batch, heads, length, first=first, device=device), keep_scale(p)
+        keep = keep.flip(3) if reverse else keep
     return keep.flatten(0, 1).view(torch.uint8), factor
 
 
@@ -222,25 +262,6 @@ def _score_bias(mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     """[B H, 1, L]: 0 where a key may be attended to, -inf where not."""
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~attendable(mask), float("-inf"))
     return bias.repeat_interleave(heads, dim=0)[:, None]
-
-
-FACTOR = 1
-
-
-def _is_windowed(table, length) -> bool:
-    return table is not None and table.shape[0] >= 2 * length - 1
-
-
-def _windows(table, start, rows, length):
-    return table.as_strided((rows, length, table.shape[1]), (table.shape[1], table.shape[1], 1), start * table.shape[1])
-
-
-def _table(radius, length, head_dim, dtype, device):
-    table = _sinusoids(radius, head_dim, dtype, device)
-    if length < FACTOR * table.shape[0]:
-        offset = torch.arange(length - 1, -length, -1, device=device).clamp(-radius, radius)
-        return table[offset + radius]
-    return table
 
 
 def kept_table(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
