@@ -1,0 +1,1 @@
+"""Benchmarks: each file is a script with --help (`python -m benchmarks.encoder_cpu --help`)."""
