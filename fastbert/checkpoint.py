@@ -13,15 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastbert.errors import CheckpointError, MissingFileError
+from fastbert.errors import CheckpointError, ConfigError, DtypeError, MissingFileError
 
 CONFIG, WEIGHTS, INDEX, LEGACY = "config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 
 # What published files hold besides parameters, or twice: position buffers (recomputed, not trusted), the decoder, which
-# is the word-embedding table.
-_DERIVED = re.compile(
-    r"position_ids$|token_type_ids$|embed_positions\.weight$|relative_positions_encoding\.|(predictions\.decoder|lm_head\.decoder|generator_lm_head)\.weight$"
-)
+# must be the word-embedding table, and its bias under a second name.
+_DERIVED = re.compile(r"position_ids$|token_type_ids$|embed_positions\.weight$|relative_positions_encoding\.")
+_DECODER = re.compile(r"(predictions\.decoder|lm_head\.decoder|generator_lm_head)\.weight$")
 _BIAS_ALIAS = re.compile(r"(predictions|lm_head)\.decoder\.bias$")
 
 
@@ -39,9 +38,11 @@ def architecture(folder) -> str | None:
     """The class name that `config.json` gives under "architectures", None if it gives none."""
     path = config_file(folder)
     try:
-        names = json.loads(path.read_text(encoding="utf-8")).get("architectures")
+        names = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"config file {path} is not a JSON object: {error}") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"config file {path} has architectures {names!r}; expected a list of class names")
     return names[0] if names else None
 
 
@@ -71,14 +72,14 @@ def _replace(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load(model: nn.Module, folder, *, dtype: torch.dtype | None = None, device=None) -> None:
+def load(model: nn.Module, folder, *, dtype: torch.dtype | str | None = None, device=None) -> None:
     """Fills a model that was built on the meta device from the weights in `folder`.
 
     Parameters of head and pooler that are missing are initialised and named in a warning; a missing parameter of the
     encoder, or one of the wrong shape, is a `CheckpointError`.
     """
+    dtype, device = _target(dtype, device)
     state = load_state(model, read_tensors(folder), f"model folder {folder}")
-    device = torch.device("cpu" if device is None else device)
     missing = [name for name, _ in model.named_parameters() if name not in state]
     model.load_state_dict(
         {name: tensor.to(device=device, dtype=dtype) for name, tensor in state.items()}, strict=False, assign=True
@@ -87,6 +88,20 @@ def load(model: nn.Module, folder, *, dtype: torch.dtype | None = None, device=N
         _draw(model, name, dtype or next(iter(state.values())).dtype, device)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+
+
+def _target(dtype, device) -> tuple[torch.dtype | None, torch.device]:
+    """`DtypeError` for what is no floating dtype, `ConfigError` for a device that is unknown or absent."""
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise DtypeError(f"dtype is {dtype!r}; expected a floating torch.dtype, its name, or None")
+    try:
+        device = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device is {device!r}: {error}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {str(device)!r}, but there is no CUDA device here")
+    return wanted, device
 
 
 def _draw(model: nn.Module, name: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -113,6 +128,7 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor], source: str) -> dic
         else:
             state[name] = tensors[found]
         used.add(found)
+    wrong += _untied(model, tensors, state)
     if wrong:
         raise CheckpointError(f"{source} does not fit {type(model).__name__} with this config: " + "; ".join(wrong))
     lost = [published for name, published in missing if not name.startswith(("head.", "pooler."))]
@@ -126,14 +142,25 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor], source: str) -> dic
             f"{source} has no {_listed([published for _, published in missing])}: drawn anew, train before use",
             stacklevel=4,
         )
-    unexpected = [
-        name for name in tensors if name not in used and not _DERIVED.search(name) and not _BIAS_ALIAS.search(name)
-    ]
+    copies = (_DERIVED, _DECODER, _BIAS_ALIAS)
+    unexpected = [name for name in tensors if name not in used and not any(copy.search(name) for copy in copies)]
     if unexpected:
         warnings.warn(
             f"{source} has tensors that {type(model).__name__} does not use: {_listed(unexpected)}", stacklevel=4
         )
     return state
+
+
+def _untied(model: nn.Module, tensors: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    word = state.get("model.embeddings.word.weight")
+    if word is None or not hasattr(model, "head"):
+        return []
+    decoders = [name for name in tensors if _DECODER.search(name)]
+    return [
+        f"{name} differs from the word embeddings, expected a tied decoder"
+        for name in decoders
+        if not torch.equal(tensors[name], word)
+    ]
 
 
 def _modern(name: str) -> str:
@@ -161,16 +188,19 @@ def read_tensors(folder) -> dict[str, Tensor]:
         return _read_shards(folder)
     if (folder / LEGACY).is_file():
         try:
-            return torch.load(folder / LEGACY, map_location="cpu", weights_only=True)
+            tensors = torch.load(folder / LEGACY, map_location="cpu", weights_only=True)
         except Exception as error:
             raise CheckpointError(f"weights file {folder / LEGACY} cannot be read with weights_only: {error}") from None
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise CheckpointError(f"weights file {folder / LEGACY} holds something else; expected tensors by name")
+        return dict(tensors)
     raise MissingFileError(f"model folder {folder} has no weights; expected {WEIGHTS}, {INDEX} or {LEGACY}")
 
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
     try:
         weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(weight_map.values()))
+        files = sorted({str(name) for name in weight_map.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"index file {folder / INDEX} is not a JSON object with a weight_map: {error}") from None
     tensors = {}

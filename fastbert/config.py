@@ -58,16 +58,21 @@ TRANSFORMERS_DEFAULTS = {
 _IGNORED = frozenset(
     "architectures attention_dropout bos_token_id chunk_size_feed_forward classifier_dropout "
     "classifier_dropout_prob cls_token_id directionality down_scale_factor dtype embedding_type eos_token_id "
-    "eos_token_ids finetuning_task gap_size generator_size gradient_checkpointing id2label is_decoder "
-    "add_cross_attention is_encoder_decoder label2id language mask_token_id model_name name net_structure_type "
+    "eos_token_ids finetuning_task gap_size generator_size gradient_checkpointing id2label "
+    "is_encoder_decoder label2id language mask_token_id model_name name net_structure_type "
     "num_labels num_memory_blocks output_attentions output_hidden_states output_past pooler_fc_size "
     "pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type problem_type return_dict "
     "sep_token_id summary_activation summary_last_dropout summary_type summary_use_proj task_specific_params "
-    "tie_word_embeddings tokenizer_class torch_dtype transformers_version unk_token_id use_cache "
+    "tokenizer_class torch_dtype transformers_version unk_token_id use_cache "
     "use_relative_position _name_or_path _commit_hash".split()
 )
 # Foreign keys that would change the computation: read only with the value for which they do not.
-_ONLY = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+_ONLY = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
 # Leftovers of another family in published config files (the sijunhe NEZHA ports carry ALBERT's).
 _LEFTOVERS = {"nezha": frozenset({"embedding_size", "num_hidden_groups", "inner_group_num"})}
 
@@ -115,17 +120,13 @@ class EncoderConfig:
     rotary_value: bool | None
 
     def __init__(self, model_type="bert", **fields):
-        if model_type not in BASE:
-            raise ConfigError(
-                f"model_type {model_type!r} is unknown; expected one of {', '.join(BASE)}{_nearest(model_type, BASE)}"
-            )
-        values = dict(BASE[model_type])
+        values = dict(BASE[_family(model_type)])
         for name, value in fields.items():
             if name in values:
                 values[name] = value
             elif name not in _FIELDS:
                 raise ConfigError(
-                    f"unknown config key {name!r} = {value!r}{_nearest(name, values)}; {model_type} has: "
+                    f"unknown config key {name!r} = {value!r}{nearest(name, values)}; {model_type} has: "
                     f"{', '.join(values)}"
                 )
             elif value is not None:
@@ -144,6 +145,8 @@ class EncoderConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is None:
+                if field.name in BASE[self.model_type]:
+                    raise ConfigError(f"config key {field.name!r} = None; {self.model_type} needs a value")
                 continue
             expected = (typing.get_args(field.type) or (field.type,))[0]
             if type(value) is not expected and not (expected is float and type(value) is int):
@@ -179,6 +182,11 @@ class EncoderConfig:
             raise ConfigError(
                 f"pad_token_id = {self.pad_token_id} is outside the vocabulary; expected less than vocab_size = "
                 f"{self.vocab_size}"
+            )
+        if self.max_length is not None and self.max_length < 1:
+            raise ConfigError(
+                f"max_position_embeddings = {self.max_position_embeddings} is too small; expected at least "
+                f"{self.first_position + 1}"
             )
         if self.num_hidden_groups is not None and self.num_hidden_groups > self.num_hidden_layers:
             raise ConfigError(
@@ -216,22 +224,20 @@ class EncoderConfig:
         return {name: getattr(self, name) for name in _FIELDS if name == "model_type" or name in BASE[self.model_type]}
 
     @classmethod
-    def from_dict(cls, values: dict) -> "EncoderConfig":
-        """Reads the contents of a transformers-style `config.json`.
+    def from_dict(cls, values: dict, model_type: str = "bert") -> "EncoderConfig":
+        """Reads the contents of a transformers-style `config.json`. model_type: the family if `values` names none.
 
         A missing key has the default of the transformers config class (which is not always the published base value).
         Keys of transformers that do not concern the encoder are passed over; keys that nobody knows are named in a
         warning; a key that asks for what fastbert does not compute is a `ConfigError`.
         """
-        family = values.get("model_type", "bert")
-        if family not in BASE:
-            raise ConfigError(
-                f"model_type {family!r} is unknown; expected one of {', '.join(BASE)}{_nearest(str(family), BASE)}"
-            )
+        if not isinstance(values, dict):
+            raise ConfigError(f"config is a {type(values).__name__}; expected a dict of keys and values")
+        family = _family(values.get("model_type") or model_type)
         for name, only in _ONLY.items():
             if values.get(name, only) != only:
                 raise ConfigError(f"config key {name!r} = {values[name]!r} is not supported; expected {only!r}")
-        known = {name: value for name, value in values.items() if name in BASE[family]}
+        known = {name: value for name, value in values.items() if name in BASE[family] and value is not None}
         passed_over = _IGNORED | _LEFTOVERS.get(family, frozenset()) | set(_ONLY) | set(BASE[family]) | {"model_type"}
         unknown = sorted(set(values) - passed_over)
         if unknown:
@@ -241,14 +247,14 @@ class EncoderConfig:
     @classmethod
     def from_preset(cls, name: str, **changes) -> "EncoderConfig":
         """The published architecture `name` (one of `fastbert.presets()`), with fields changed by keyword."""
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(
-                f"preset {name!r} is unknown{_nearest(name, PRESETS)}; fastbert.presets() lists all {len(PRESETS)}"
+                f"preset {name!r} is unknown{nearest(str(name), PRESETS)}; fastbert.presets() lists all {len(PRESETS)}"
             )
         return cls(**PRESETS[name] | changes)
 
     @classmethod
-    def from_json_file(cls, path) -> "EncoderConfig":
+    def from_json_file(cls, path, model_type: str = "bert") -> "EncoderConfig":
         """`from_dict` of a JSON file; `MissingFileError` or `ConfigError` name the path."""
         try:
             with open(path, encoding="utf-8") as file:
@@ -261,13 +267,23 @@ class EncoderConfig:
             raise ConfigError(
                 f"config file {path} holds a {type(values).__name__}; expected an object of keys and values"
             )
-        return cls.from_dict(values)
+        return cls.from_dict(values, model_type)
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(EncoderConfig))
 
 
-def _nearest(name, known) -> str:
+def _family(model_type) -> str:
+    if not isinstance(model_type, str) or model_type not in BASE:
+        known = ", ".join(BASE)
+        raise ConfigError(
+            f"model_type {model_type!r} is unknown; expected one of {known}{nearest(str(model_type), BASE)}"
+        )
+    return model_type
+
+
+def nearest(name: str, known) -> str:
+    """ " (did you mean ...?)" with the known name that is most like `name`, or nothing."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
 

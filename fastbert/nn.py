@@ -17,10 +17,19 @@ _GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_
 _OTHER = {"relu": F.relu, "silu": F.silu, "swish": F.silu}
 
 
-def _linear_activation(x: Tensor, linear: nn.Linear, hidden_act: str) -> Tensor:
-    if hidden_act in _GELU:
+def _linear_activation(x: Tensor, linear: nn.Module, hidden_act: str) -> Tensor:
+    if hidden_act not in _GELU:
+        return _OTHER[hidden_act](linear(x))
+    if _is_plain(linear):
         return ops.bias_gelu(F.linear(x, linear.weight), linear.bias, approximate=_GELU[hidden_act])
-    return _OTHER[hidden_act](linear(x))
+    return F.gelu(linear(x), approximate=_GELU[hidden_act])
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a call is nothing but x W' + b: not replaced, wrapped (adapter, quantisation, sharding) or hooked."""
+    return type(linear) is nn.Linear and not (
+        linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    )
 
 
 class Embeddings(nn.Module):
@@ -34,7 +43,7 @@ class Embeddings(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         width = config.embedding_size or config.hidden_size
-        self.eps, self.dropout_p = config.layer_norm_eps, config.hidden_dropout_prob
+        self.dropout_p = config.hidden_dropout_prob
         self.word = nn.Embedding(config.vocab_size, width)
         self.token_type = nn.Embedding(config.type_vocab_size, width)
         self.position = nn.Embedding(config.max_position_embeddings, width) if config.attention == "absolute" else None
@@ -56,7 +65,7 @@ class Embeddings(nn.Module):
             token_type_embeddings=self.token_type.weight,
             position_ids=position_ids,
             position_embeddings=None if self.position is None else self.position.weight,
-            eps=self.eps,
+            eps=self.norm.eps,
             dropout_p=self.dropout_p if self.training else 0.0,
         )
         return x if self.projection is None else self.projection(x)
@@ -114,7 +123,7 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
-        self.eps, self.dropout_p, self.hidden_act = config.layer_norm_eps, config.hidden_dropout_prob, config.hidden_act
+        self.dropout_p, self.hidden_act = config.hidden_dropout_prob, config.hidden_act
         self.attention = _ATTENTION[config.attention](config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -129,7 +138,7 @@ class EncoderLayer(nn.Module):
 
     def _add_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
         dropout_p = self.dropout_p if self.training else 0.0
-        return ops.dropout_add_layer_norm(x, residual, norm.weight, norm.bias, eps=self.eps, dropout_p=dropout_p)
+        return ops.dropout_add_layer_norm(x, residual, norm.weight, norm.bias, eps=norm.eps, dropout_p=dropout_p)
 
 
 class Encoder(nn.Module):
@@ -164,7 +173,9 @@ class Encoder(nn.Module):
 class MaskedLMHead(nn.Module):
     """LN(act(W h)) in the width of the embeddings, then the word embeddings as decoder, and a bias over the vocabulary.
 
-    transform(h) `[..., C]` -> `[..., E]`; forward(h, word_embeddings) -> logits `[..., V]`.
+    forward(h, word_embeddings): h `[..., C]` -> logits `[..., V]`. forward(h, word_embeddings, labels): labels int64
+    `[...]`, -100 where there is nothing to predict -> the mean cross-entropy over the labels, a scalar; only labelled
+    rows are computed, and no `[..., V]` tensor is kept.
     """
 
     def __init__(self, config: EncoderConfig, hidden_act: str | None = None):
@@ -176,10 +187,17 @@ class MaskedLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def transform(self, h: Tensor) -> Tensor:
+        """`[..., C]` -> `[..., E]`: all but the decoder."""
         return self.norm(_linear_activation(h, self.dense, self.hidden_act))
 
-    def forward(self, h: Tensor, word_embeddings: Tensor) -> Tensor:
-        return F.linear(self.transform(h), word_embeddings, self.bias)
+    def forward(self, h: Tensor, word_embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return F.linear(self.transform(h), word_embeddings, self.bias)
+        h, labels = h.reshape(-1, h.shape[-1]), labels.reshape(-1)
+        if not torch.compiler.is_compiling():  # how many rows are labelled is not for a compiler to know
+            labelled = (labels != -100).nonzero().squeeze(1)
+            h, labels = h[labelled], labels[labelled]
+        return ops.linear_cross_entropy(self.transform(h), word_embeddings, self.bias, labels)
 
 
 class DiscriminatorHead(nn.Module):

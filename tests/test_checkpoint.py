@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from test_models import FAMILIES, batch, build, small_config
 
 import fastbert
-from fastbert.errors import CheckpointError, MissingFileError
+from fastbert.errors import CheckpointError, ConfigError, DtypeError, MissingFileError
 
 
 def saved(tmp_path, family="bert", task="masked_lm"):
@@ -120,6 +120,47 @@ def test_dtype_and_device(tmp_path):
     assert {parameter.dtype for parameter in read.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(
+    "target, error, words",
+    [
+        (dict(dtype=torch.int8), DtypeError, "dtype is torch.int8"),
+        (dict(dtype="half16"), DtypeError, "dtype is 'half16'"),
+        (dict(device="banana"), ConfigError, "device is 'banana'"),
+    ],
+)
+def test_bad_dtype_or_device(tmp_path, target, error, words):
+    saved(tmp_path)
+    assert fastbert.from_pretrained(tmp_path, dtype="float16").head.bias.dtype == torch.float16
+    with pytest.raises(error, match=words):
+        fastbert.from_pretrained(tmp_path, **target)
+
+
+def test_an_untied_decoder_is_refused(tmp_path):
+    saved(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"] + 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="cls.predictions.decoder.weight differs from the word embeddings"):
+        fastbert.from_pretrained(tmp_path)
+
+
+def test_a_config_without_model_type_is_of_the_family_of_the_class(tmp_path):
+    model = saved(tmp_path, "nezha")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["model_type"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_same(model, fastbert.NezhaForMaskedLM.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("names", [5, "BertModel", [1]])
+def test_architectures_of_the_wrong_kind(tmp_path, names):
+    saved(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": names}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="architectures"):
+        fastbert.from_pretrained(tmp_path)
+
+
 def test_truncated_weights(tmp_path):
     saved(tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
@@ -134,6 +175,9 @@ def test_pickles_that_run_code_are_refused(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     torch.save({"x": print}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="pytorch_model.bin.*weights_only"):
+        fastbert.from_pretrained(tmp_path)
+    torch.save([torch.zeros(1)], tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pytorch_model.bin.*tensors by name"):
         fastbert.from_pretrained(tmp_path)
 
 

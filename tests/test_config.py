@@ -92,6 +92,11 @@ def test_fields_of_other_families_are_none_and_replace_works():
         (dict(model_type="robreta"), ["robreta", "roberta"]),
         (dict(model_type="nezha", hidden_size=36), ["even head dim", "3"]),
         (dict(model_type="albert", num_hidden_groups=13), ["num_hidden_groups", "13", "12"]),
+        (dict(model_type="albert", num_hidden_groups=None), ["num_hidden_groups", "None", "albert"]),
+        (dict(pad_token_id=None), ["pad_token_id", "None"]),
+        (dict(model_type=None), ["model_type", "None", "roformer"]),
+        (dict(model_type=["bert"]), ["model_type", "['bert']"]),
+        (dict(model_type="roberta", max_position_embeddings=2), ["max_position_embeddings", "2", "at least 3"]),
     ],
 )
 def test_bad_values_are_named(fields, words):
@@ -133,11 +138,22 @@ def test_from_dict_passes_over_what_does_not_concern_the_encoder(recwarn):
     assert config.embedding_size is None and not recwarn.list
 
 
+def test_from_dict_reads_null_as_absent_and_takes_the_family_of_the_caller():
+    assert fastbert.EncoderConfig.from_dict({"pad_token_id": None}).pad_token_id == 0
+    assert fastbert.EncoderConfig.from_dict({}, "nezha").model_type == "nezha"
+    with pytest.raises(ConfigError, match="list"):
+        fastbert.EncoderConfig.from_dict([1])
+    with pytest.raises(ConfigError, match="preset None"):
+        fastbert.EncoderConfig.from_preset(None)
+
+
 def test_from_dict_warns_of_unknown_and_refuses_other_mathematics():
     with pytest.warns(UserWarning, match="surprise"):
         fastbert.EncoderConfig.from_dict({"surprise": 1})
     with pytest.raises(ConfigError, match="position_embedding_type.*relative_key.*absolute"):
         fastbert.EncoderConfig.from_dict({"position_embedding_type": "relative_key"})
+    with pytest.raises(ConfigError, match="tie_word_embeddings.*False.*True"):
+        fastbert.EncoderConfig.from_dict({"tie_word_embeddings": False})
 
 
 def test_config_file_errors(tmp_path):

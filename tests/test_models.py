@@ -200,12 +200,78 @@ def test_electra_discriminator_loss_is_over_real_tokens():
     )
 
 
+def test_electra_discriminator_labels():
+    model = build("electra", "pretraining").eval()
+    ids, mask, _ = batch([6, 3])
+    replaced = (ids % 3 == 0).long()
+    counted = model(ids, mask, labels=replaced.masked_fill(ids % 2 == 0, -100))
+    kept = mask & (ids % 2 == 1)
+    torch.testing.assert_close(
+        counted.loss, F.binary_cross_entropy_with_logits(counted.logits[kept], replaced[kept].double())
+    )
+    assert torch.equal(model(ids, mask, labels=replaced.bool()).loss, model(ids, mask, labels=replaced).loss)
+    assert model(ids, mask, labels=torch.full_like(ids, -100)).loss == 0
+    with pytest.raises(DataError, match="labels.*7.*0 to 1"):
+        model(ids, mask, labels=torch.full_like(ids, 7))
+    with pytest.raises(DtypeError, match="labels.*float"):
+        model(ids, mask, labels=torch.rand(ids.shape))
+
+
+class Adapter(torch.nn.Linear):
+    """A linear layer with something added, as an adapter would."""
+
+    def forward(self, x):
+        return super().forward(x) * (1 + x[..., :1])
+
+
+@pytest.mark.parametrize(
+    "place", ["model.encoder.layers.0.intermediate", "head.dense", "model.encoder.layers.1.output"]
+)
+def test_a_replaced_linear_layer_is_called(place):
+    model = build("bert").eval()
+    ids, mask, labels = batch([6, 4])
+    before = model(ids, mask, labels=labels)
+    layer = model.get_submodule(place)
+    adapter = Adapter(layer.in_features, layer.out_features).double()
+    adapter.load_state_dict(layer.state_dict())
+    parent, _, name = place.rpartition(".")
+    setattr(model.get_submodule(parent), name, adapter)
+    after = model(ids, mask, labels=labels)
+    assert not torch.allclose(after.logits, before.logits) and not torch.allclose(after.loss, before.loss)
+
+
+def test_forward_hooks_fire_on_every_module_between_embedding_and_loss():
+    model = build("bert").eval()
+    called = set()
+    names = [name for name, module in model.named_modules() if not isinstance(module, torch.nn.ModuleList) and name]
+    names = [name for name in names if not name.endswith(("norm", "word", "position", "token_type"))]
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
+    ids, mask, labels = batch([6, 4])
+    model(ids, mask, labels=labels, return_logits=False)
+    assert called == set(names)
+
+
+@pytest.mark.parametrize("family", ["bert", "nezha", "roformer"])
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_compiles_without_graph_breaks(family, return_logits):
+    model = build(family)
+    ids, _, labels = batch([6, 6])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(ids, labels=labels, return_logits=return_logits).loss
+    torch.testing.assert_close(loss, model(ids, labels=labels).loss)
+    loss.backward()
+
+
 def test_output_reads_by_name_and_by_index():
     model = build("bert").eval()
     ids, mask, labels = batch([4])
     result = model(ids, mask)
     assert result[0] is result.logits is result["logits"] and len(result) == 1
     result = model(ids, mask, labels=labels)
+    assert "loss" in result and "hidden_states" not in result and result.keys() == ["loss", "logits"]
+    with pytest.raises(KeyError, match="pooler.*loss, logits"):
+        result["pooler"]
     loss, logits = result
     assert loss is result.loss and logits is result.logits
     encoder = fastbert.BertModel(model.config).double().eval()
@@ -286,6 +352,10 @@ IDS = torch.tensor([[7, 8, 9]])
         (dict(input_ids=IDS[0], cu_seqlens=torch.tensor([0, 2]).int()), ShapeError, ["cu_seqlens", "2", "3"]),
         (dict(input_ids=IDS[0], cu_seqlens=torch.tensor([0, 4, 3]).int()), ShapeError, ["cu_seqlens"]),
         (dict(input_ids=IDS, return_logits=False), ShapeError, ["labels", "return_logits"]),
+        (dict(input_ids=IDS, max_seqlen=3), ShapeError, ["max_seqlen", "3", "cu_seqlens"]),
+        (dict(input_ids=IDS.tolist()), DtypeError, ["input_ids", "list", "Tensor"]),
+        (dict(input_ids=IDS, attention_mask=[[1, 1, 1]]), DtypeError, ["attention_mask", "list", "Tensor"]),
+        (dict(input_ids=IDS, labels=IDS.numpy()), DtypeError, ["labels", "ndarray", "Tensor"]),
     ],
 )
 def test_bad_input_is_a_typed_error_that_names_it(arguments, error, words):
@@ -293,6 +363,15 @@ def test_bad_input_is_a_typed_error_that_names_it(arguments, error, words):
     with pytest.raises(error) as caught:
         model(**arguments)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_ids_for_one_sequence_serve_the_batch():
+    model = build("bert").eval()
+    ids, mask, _ = batch([5, 3])
+    positions, types = torch.arange(5).flip(0), torch.tensor([0, 1, 1, 0, 1])
+    full = model(ids, mask, types.expand(2, 5), positions.expand(2, 5)).logits
+    assert torch.equal(model(ids, mask, types, positions).logits, full)
+    assert torch.equal(model(ids, mask, types[None], positions[None]).logits, full)
 
 
 def test_position_ids_are_refused_where_there_is_no_table():

@@ -9,10 +9,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from fastbert import checkpoint, ops
+from fastbert import checkpoint
 from fastbert.config import EncoderConfig
-from fastbert.errors import ConfigError, DataError, DtypeError, ShapeError
+from fastbert.errors import ConfigError, ShapeError
 from fastbert.nn import Embeddings, Encoder, MaskedLMHead, Pooler
+from fastbert.ops import checks
 from fastbert.ops.sequences import check_packed
 from fastbert.packing import Layout, packed_layout, padded_layout, positions_in_sequence
 
@@ -24,10 +25,21 @@ class ModelOutput:
     """Fields by name, and by index as in transformers: an index counts the fields that are not None."""
 
     def to_tuple(self) -> tuple:
-        return tuple(value for field in fields(self) if (value := getattr(self, field.name)) is not None)
+        return tuple(getattr(self, name) for name in self.keys())
 
-    def __getitem__(self, key):
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+    def keys(self) -> list[str]:
+        """The names of the fields that are not None."""
+        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.keys()
+
+    def __getitem__(self, key: int | slice | str):
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in self:
+            raise KeyError(f"{key!r}; this {type(self).__name__} has {', '.join(self.keys())}")
+        return getattr(self, key)
 
     def __iter__(self):
         return iter(self.to_tuple())
@@ -141,18 +153,18 @@ class PretrainedModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     @classmethod
-    def from_pretrained(cls, folder, dtype: torch.dtype | None = None, device=None):
+    def from_pretrained(cls, folder, dtype: torch.dtype | str | None = None, device=None):
         """The model in `folder`, in evaluation mode.
 
         folder: `config.json` with `model.safetensors`, or a sharded `model.safetensors.index.json`, or
           `pytorch_model.bin` (read with weights_only).
-        dtype: of the parameters, default as stored; device: default CPU.
+        dtype: of the parameters, a floating torch.dtype or its name, default as stored; device: default CPU.
 
         Tensors of head and pooler that the folder lacks are drawn anew and named in a warning, as are tensors that the
         model has no place for. `MissingFileError`, `ConfigError` or `CheckpointError` name what is absent, damaged or
         of the wrong shape.
         """
-        config = EncoderConfig.from_json_file(checkpoint.config_file(folder))
+        config = EncoderConfig.from_json_file(checkpoint.config_file(folder), cls.model_type)
         with torch.device("meta"):
             model = cls(config)
         checkpoint.load(model, folder, dtype=dtype, device=device)
@@ -173,8 +185,11 @@ class EncoderModel(PretrainedModel):
 
     input_ids int64 `[B, L]` with attention_mask bool or integer `[B, L]` (non-zero: real token), or packed `[T]` with
     cu_seqlens int32 `[B + 1]`. token_type_ids, position_ids: int64 like input_ids; position_ids only where the family
-    has a position table. Returns `EncoderOutput`, zero at padded positions. `ShapeError`, `DtypeError` for arguments
-    that do not fit and for sequences longer than the position table; `DataError` for ids outside their table.
+    has a position table. Returns `EncoderOutput`, zero at padded positions; with return_rows, what a head needs: the
+    last hidden state as packed rows, their layout, and the hidden states or None.
+
+    `ShapeError`, `DtypeError` for arguments that do not fit and for sequences longer than the position table;
+    `DataError` for ids outside their table.
     """
 
     has_pooler = False
@@ -196,36 +211,25 @@ class EncoderModel(PretrainedModel):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         output_hidden_states: bool = False,
-    ) -> EncoderOutput:
-        rows, layout, states = self.encode(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-            output_hidden_states=output_hidden_states,
-        )
+        return_rows: bool = False,
+    ) -> EncoderOutput | tuple[Tensor, Layout, tuple[Tensor, ...] | None]:
+        checks.tensors(input_ids=input_ids)
+        checks.integer(input_ids=input_ids)
+        layout = self._layout(input_ids, attention_mask, cu_seqlens, max_seqlen)
+        token_type_ids = _like_input("token_type_ids", token_type_ids, input_ids)
+        position_ids = self._position_rows(input_ids, _like_input("position_ids", position_ids, input_ids), layout)
+        token_type_ids = None if token_type_ids is None else layout.pack(token_type_ids)
+        x = self.embeddings(layout.pack(input_ids), token_type_ids, position_ids)
+        rows, states = self.encoder(x, output_hidden_states=output_hidden_states, **layout.attention)
+        states = None if states is None else tuple(layout.unpack(state) for state in states)
+        if return_rows:
+            return rows, layout, states
         pooled = None if self.pooler is None else self.pooler(layout.first(rows))
         return EncoderOutput(layout.unpack(rows), pooled, states)
 
-    def encode(
-        self,
-        input_ids,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        *,
-        cu_seqlens=None,
-        max_seqlen=None,
-        output_hidden_states=False,
-    ) -> tuple[Tensor, Layout, tuple[Tensor, ...] | None]:
-        """What a head needs: the last hidden state as rows, their layout, and the hidden states as the caller wants
-        them (or None).
-        """
-        self._check_ids("input_ids", input_ids, None)
-        self._check_ids("token_type_ids", token_type_ids, input_ids)
-        self._check_ids("position_ids", position_ids, input_ids)
+    def _layout(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None
+    ) -> Layout:
         if cu_seqlens is not None:
             if attention_mask is not None:
                 raise ShapeError(
@@ -234,38 +238,27 @@ class EncoderModel(PretrainedModel):
                 )
             if input_ids.dim() != 1:
                 raise ShapeError(f"input_ids has shape {list(input_ids.shape)}; expected [T], as cu_seqlens is given")
+            checks.tensors(cu_seqlens=cu_seqlens)
             check_packed(cu_seqlens, max_seqlen, input_ids.shape[0])
-            layout = packed_layout(cu_seqlens, max_seqlen)
-        elif input_ids.dim() != 2:
+            return packed_layout(cu_seqlens, max_seqlen)
+        if input_ids.dim() != 2:
             raise ShapeError(
                 f"input_ids has shape {list(input_ids.shape)}; expected [B, L], or [T] together with cu_seqlens"
             )
-        else:
-            keep_distances = self.config.attention != "absolute"
-            layout = padded_layout(
-                tuple(input_ids.shape), attention_mask, input_ids.device, keep_distances=keep_distances
-            )
-        position_ids = self._position_rows(input_ids, position_ids, layout)
-        token_type_ids = None if token_type_ids is None else layout.pack(token_type_ids)
-        x = self.embeddings(layout.pack(input_ids), token_type_ids, position_ids)
-        rows, states = self.encoder(x, output_hidden_states=output_hidden_states, **layout.attention)
-        return rows, layout, None if states is None else tuple(layout.unpack(state) for state in states)
-
-    def _check_ids(self, name: str, ids: Tensor | None, like: Tensor | None) -> None:
-        if ids is None:
-            return
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise DtypeError(f"{name} is {ids.dtype}; expected torch.int64")
-        if like is not None and ids.shape != like.shape:
-            raise ShapeError(f"{name} has shape {list(ids.shape)}; expected {list(like.shape)}, the shape of input_ids")
-        if name == "position_ids" and self.config.attention != "absolute":
-            raise ConfigError(
-                f"position_ids were given, but {self.model_type} has {self.config.attention} positions, which "
-                "follow from the order of the tokens"
-            )
+        if max_seqlen is not None:
+            raise ShapeError(f"max_seqlen is {max_seqlen} without cu_seqlens; expected None for padded input")
+        if attention_mask is not None:
+            checks.tensors(attention_mask=attention_mask)
+        keep_distances = self.config.attention != "absolute"
+        return padded_layout(tuple(input_ids.shape), attention_mask, input_ids.device, keep_distances=keep_distances)
 
     def _position_rows(self, input_ids: Tensor, position_ids: Tensor | None, layout: Layout) -> Tensor | None:
         if self.config.attention != "absolute":
+            if position_ids is not None:
+                raise ConfigError(
+                    f"position_ids were given, but {self.model_type} has {self.config.attention} positions, which "
+                    "follow from the order of the tokens"
+                )
             return None
         if position_ids is not None:
             return layout.pack(position_ids)
@@ -285,14 +278,29 @@ class EncoderModel(PretrainedModel):
         return layout.pack(torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids))
 
 
+def _like_input(name: str, ids: Tensor | None, input_ids: Tensor) -> Tensor | None:
+    """Ids for every token; `[L]` and `[1, L]` serve all sequences of a padded batch."""
+    if ids is None:
+        return None
+    checks.tensors(**{name: ids})
+    checks.integer(**{name: ids})
+    if ids.shape != input_ids.shape:
+        if ids.shape not in (input_ids.shape[1:], (1, *input_ids.shape[1:])):
+            raise ShapeError(
+                f"{name} has shape {list(ids.shape)}; expected {list(input_ids.shape)}, the shape of input_ids"
+            )
+        ids = ids.expand_as(input_ids)
+    return ids
+
+
 class MaskedLMModel(PretrainedModel):
     """An encoder with the masked-language-model head; the decoder is the word-embedding table.
 
     forward(input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None, *, cu_seqlens=None,
     max_seqlen=None, output_hidden_states=False, return_logits=True): inputs as for the family's Model; labels int64
     like input_ids, -100 where there is nothing to predict. Returns `MaskedLMOutput`: loss is the mean cross-entropy
-    (natural logarithm) over the labelled real tokens, 0 if there are none; logits `[B, L, V]`. With return_logits=False
-    only labelled rows pass the head and no `[tokens, V]` tensor is kept: the way to pretrain.
+    (natural logarithm) over the labelled real tokens, 0 if there are none; logits `[B, L, V]`. Only labelled rows pass
+    the head for the loss; with return_logits=False no `[tokens, V]` tensor exists at all: the way to pretrain.
     """
 
     model_class: type[EncoderModel]
@@ -323,8 +331,8 @@ class MaskedLMModel(PretrainedModel):
                 "without them"
             )
         if labels is not None:
-            self._check_labels(labels, input_ids)
-        rows, layout, states = self.model.encode(
+            check_labels(labels, input_ids, self.config.vocab_size, "ids of the vocabulary")
+        rows, layout, states = self.model(
             input_ids,
             attention_mask,
             token_type_ids,
@@ -332,35 +340,26 @@ class MaskedLMModel(PretrainedModel):
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
             output_hidden_states=output_hidden_states,
+            return_rows=True,
         )
         word = self.model.embeddings.word.weight
-        loss = None if labels is None else self._loss_of_labelled_rows(rows, word, _labels_of_rows(labels, layout))
+        loss = None if labels is None else self.head(rows, word, labels_of_rows(labels, layout))
         logits = layout.unpack(self.head(rows, word)) if return_logits else None
         return MaskedLMOutput(loss, logits, states)
 
-    def _loss_of_labelled_rows(self, rows: Tensor, word: Tensor, labels: Tensor) -> Tensor:
-        rows, labels = rows.reshape(-1, rows.shape[-1]), labels.reshape(-1)
-        labelled = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-        hidden = self.head.transform(rows[labelled])
-        return ops.linear_cross_entropy(hidden, word, self.head.bias, labels[labelled], ignore_index=IGNORE_INDEX)
 
-    def _check_labels(self, labels: Tensor, input_ids: Tensor) -> None:
-        if labels.dtype != torch.int64:
-            raise DtypeError(f"labels is {labels.dtype}; expected torch.int64")
-        if labels.shape != input_ids.shape:
-            raise ShapeError(
-                f"labels has shape {list(labels.shape)}; expected {list(input_ids.shape)}, the shape of input_ids"
-            )
-        if labels.device.type == "cpu":  # on a GPU the look would wait for everything before it
-            wrong = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= self.config.vocab_size))]
-            if wrong.numel():
-                raise DataError(
-                    f"labels holds {int(wrong[0])}; expected {IGNORE_INDEX} or an id from 0 to "
-                    f"{self.config.vocab_size - 1}"
-                )
+def check_labels(labels: Tensor, input_ids: Tensor, limit: int, of: str) -> None:
+    """Labels are integers like input_ids, from 0 to limit - 1 or IGNORE_INDEX."""
+    checks.tensors(labels=labels)
+    checks.integer(labels=labels)
+    if labels.shape != input_ids.shape:
+        raise ShapeError(
+            f"labels has shape {list(labels.shape)}; expected {list(input_ids.shape)}, the shape of input_ids"
+        )
+    checks.indices("labels", labels, limit, of, besides=IGNORE_INDEX)
 
 
-def _labels_of_rows(labels: Tensor, layout: Layout) -> Tensor:
+def labels_of_rows(labels: Tensor, layout: Layout) -> Tensor:
     """Labels as rows; a padded position has none."""
     labels = layout.pack(labels)
     return labels if layout.key_padding_mask is None else labels.masked_fill(~layout.key_padding_mask, IGNORE_INDEX)

@@ -9,14 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.config import EncoderConfig
-from fastbert.errors import ShapeError
 from fastbert.models.base import (
     EMBEDDING_PARTS,
+    IGNORE_INDEX,
     EncoderModel,
     MaskedLMModel,
     ModelOutput,
     PretrainedModel,
     PublishedNames,
+    check_labels,
+    labels_of_rows,
 )
 from fastbert.nn import DiscriminatorHead
 
@@ -66,8 +68,8 @@ class ElectraForPreTraining(PretrainedModel):
 
     forward(input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None, *, cu_seqlens=None,
     max_seqlen=None, output_hidden_states=False): inputs as for ElectraModel; labels bool or integer like input_ids, 1
-    where the token was replaced. Returns `ReplacedTokenOutput`; loss is the mean binary cross-entropy over the real
-    tokens.
+    where the token was replaced, 0 where not, -100 where it does not count. Returns `ReplacedTokenOutput`; loss is the
+    mean binary cross-entropy over the real tokens that count.
     """
 
     model_type, names = "electra", DISCRIMINATOR_NAMES
@@ -90,11 +92,10 @@ class ElectraForPreTraining(PretrainedModel):
         max_seqlen: int | None = None,
         output_hidden_states: bool = False,
     ) -> ReplacedTokenOutput:
-        if labels is not None and labels.shape != input_ids.shape:
-            raise ShapeError(
-                f"labels has shape {list(labels.shape)}; expected {list(input_ids.shape)}, the shape of input_ids"
-            )
-        rows, layout, states = self.model.encode(
+        if labels is not None:
+            labels = labels.long() if isinstance(labels, Tensor) and labels.dtype == torch.bool else labels
+            check_labels(labels, input_ids, 2, "1 where the token was replaced")
+        rows, layout, states = self.model(
             input_ids,
             attention_mask,
             token_type_ids,
@@ -102,12 +103,14 @@ class ElectraForPreTraining(PretrainedModel):
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
             output_hidden_states=output_hidden_states,
+            return_rows=True,
         )
         logits = self.head(rows)
         loss = None
         if labels is not None:
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            loss = F.binary_cross_entropy_with_logits(wide, layout.pack(labels).to(wide.dtype), reduction="sum") / max(
-                wide.numel(), 1
-            )
+            labels = labels_of_rows(labels, layout)
+            counted = labels != IGNORE_INDEX
+            losses = F.binary_cross_entropy_with_logits(wide, (labels == 1).to(wide.dtype), reduction="none")
+            loss = losses.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1)
         return ReplacedTokenOutput(loss, layout.unpack(logits), states)

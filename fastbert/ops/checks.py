@@ -6,6 +6,13 @@ from torch import Tensor
 from fastbert.errors import ConfigError, DataError, DtypeError, ShapeError
 
 
+def tensors(**named: object) -> None:
+    """Everything is a tensor."""
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise DtypeError(f"{name}: got a {type(value).__name__}, expected a torch.Tensor")
+
+
 def floating(**tensors: Tensor | None) -> None:
     """Every tensor (None is skipped) is real and of a floating dtype."""
     for name, t in tensors.items():

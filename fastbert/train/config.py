@@ -8,8 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from fastbert.config import BASE
-from fastbert.config import _nearest as nearest
+from fastbert.config import BASE, nearest
 from fastbert.data import LEVELS, MASKINGS, PACKINGS, WORDS
 from fastbert.errors import ConfigError, MissingFileError
 from fastbert.optim import SCHEDULES
