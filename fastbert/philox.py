@@ -26,19 +26,11 @@ def philox4x32(counter: Words, seed: int, rounds: int = ROUNDS) -> Words:
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _WORD, seed >> 32 & _WORD
     for _ in range(rounds):
-        high0, low0 = _product(c0, 0xD2511F53)
-        high1, low1 = _product(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        # int64 products wrap, which keeps their low 64 bits right; the mask undoes the sign that >> drags in.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32 & _WORD) ^ c1 ^ k0, p1 & _WORD, (p0 >> 32 & _WORD) ^ c3 ^ k1, p0 & _WORD
         k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
     return c0, c1, c2, c3
-
-
-def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low word of a * b. In halves of b: the whole product can overflow int64, which eager PyTorch wraps but
-    which a compiler takes for impossible."""
-    low = a * (b & 0xFFFF)
-    high = a * (b >> 16) + (low >> 16)
-    return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
 
 
 def threshold(p: float) -> int:
@@ -81,5 +73,21 @@ def random_keep(shape: tuple[int, ...], p: float, *, device: torch.device | None
 
 
 def _kept(counter: Words, seed: int, p: float, columns: int) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _kept_opaque(*counter, seed if seed < 2**63 else seed - 2**64, p, columns)
     words = torch.stack(torch.broadcast_tensors(*philox4x32(counter, seed)), dim=-1)
     return (words.to(torch.int32).view(torch.uint8).flatten(-2) >= threshold(p))[..., :columns]
+
+
+# Compilers must not look inside: fused, the products that wrap are overflows, which C++ takes for impossible (the masks
+# came out wrong), and Inductor's symbolic arithmetic on counters grows exponentially with the rounds.
+@torch.library.custom_op("fastbert::philox_kept", mutates_args=())
+def _kept_opaque(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int, p: float, columns: int) -> Tensor:
+    return _kept((c0, c1, c2, c3), seed, p, columns).contiguous()
+
+
+@_kept_opaque.register_fake
+def _(c0, c1, c2, c3, seed, p, columns):
+    return c0.new_empty(
+        (*torch.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)[:-1], columns), dtype=torch.bool
+    )

@@ -14,8 +14,8 @@ from fastbert.tiled import angles, attendable, kept_table, tiled_attention
 # ---------------------------------------------------------------- attention
 #
 # Two ways to compute, by measurement (B=2 H=6 L=512 D=64, forward and backward, one core of an EPYC 9004):
-# scaled_dot_product_attention (37 ms) wherever it can, and tiled.py where it cannot (relative positions, 53 ms; a seed)
-# or is slow (dropout on a CPU: 67 ms, tiled 51).
+# scaled_dot_product_attention (38 ms) wherever it can, and tiled.py where it cannot (relative positions, 50 ms; a seed)
+# or is slow (dropout on a CPU: 67 ms, tiled 48).
 
 
 def attention(

@@ -119,7 +119,7 @@ def rotate(x: Tensor, theta: float, interleaved: bool = True) -> Tensor:
     (k, k + D/2). Angles come from float64, the arithmetic is float32 at least, the result has x's dtype.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    position = torch.arange(x.shape[1], dtype=torch.float64)
+    position = torch.arange(x.shape[1], dtype=torch.float64, device="cpu")
     angle = torch.outer(position, _frequencies(x.shape[-1], theta))[:, None]
     cos, sin = angle.cos().to(wide), angle.sin().to(wide)
     a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
@@ -130,13 +130,13 @@ def rotate(x: Tensor, theta: float, interleaved: bool = True) -> Tensor:
 def sinusoids(max_relative_position: int, head_dim: int) -> Tensor:
     """NEZHA's table T, float64 [2R + 1, D]: T[r, 2k] = sin(r theta_k) and T[r, 2k + 1] = cos(r theta_k), with
     theta_k = 10000^(-2k/D)."""
-    row = torch.arange(2 * max_relative_position + 1, dtype=torch.float64)
+    row = torch.arange(2 * max_relative_position + 1, dtype=torch.float64, device="cpu")
     angle = torch.outer(row, _frequencies(head_dim, 10000.0))
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 
 def _frequencies(head_dim: int, theta: float) -> Tensor:
-    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
 
 
 def _scale(scale: float | None, q: Tensor) -> float:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastbert import ops, portable, reference
+from fastbert import ops, portable, reference, tiled
 from fastbert.errors import ConfigError, DtypeError, FastBertError, ShapeError
 from fastbert.testing import compare, make_inputs
 
@@ -69,6 +70,14 @@ def test_equals_reference(name, device, sequences, heads, head_dim, dtype, scale
 def test_many_tiles(name, arguments):
     """Longer than a tile of query rows, and so many scores that no two sequences share a tile."""
     hold(name, make_inputs([300, 300], 3, 8), **arguments)
+
+
+@every_op
+@pytest.mark.parametrize("arguments", [{}, {"dropout_p": 0.1, "seed": 1}], ids=["", "dropout"])
+def test_probabilities_computed_again(name, arguments, monkeypatch):
+    """As on a GPU, and for long sequences."""
+    monkeypatch.setattr(tiled, "SAVED_LENGTH", 0)
+    hold(name, make_inputs([150, 20], 2, 8, layout="packed"), **arguments)
 
 
 @every_op
@@ -242,6 +251,28 @@ def test_training_after_inference_mode(name):
 
 
 @every_op
+@every_backend
+def test_fake_tensors_leave_nothing_behind(name, backend):
+    """The tables that are kept do not come from FakeTensorMode, nor go there."""
+    op = partial(getattr(ops, name), backend=backend)
+    inputs = make_inputs([13], 1, 34)
+    for _ in range(2):
+        with FakeTensorMode():
+            fake = torch.zeros(1, 13, 1, 34)
+            assert op(fake, fake, fake).shape == fake.shape
+        op(**inputs)
+
+
+@every_op
+@every_backend
+def test_the_default_device_decides_nothing(name, backend):
+    inputs = make_inputs([13], 1, 38)
+    with torch.device("meta"):
+        output = getattr(ops, name)(**inputs, backend=backend)
+    assert torch.equal(output, getattr(ops, name)(**inputs, backend=backend))
+
+
+@every_op
 @pytest.mark.parametrize("backward_inside", [False, True])
 def test_autocast(name, backward_inside):
     inputs = make_inputs([9, 9], 2, 4)
@@ -301,6 +332,14 @@ WRONG = {
     "max_seqlen type": (PACKED | {"max_seqlen": 3.0}, ConfigError, "max_seqlen: got 3.0, expected the longest"),
     "dropout 1": (DENSE | {"dropout_p": 1.0}, ConfigError, "dropout_p: got 1.0, expected 0 <= dropout_p < 1"),
     "dropout -": (DENSE | {"dropout_p": -0.1}, ConfigError, "dropout_p: got -0.1, expected 0 <= dropout_p < 1"),
+    "dropout text": (DENSE | {"dropout_p": "a"}, ConfigError, "dropout_p: got 'a', expected 0 <= dropout_p < 1"),
+    "scale text": (DENSE | {"scale": "x"}, ConfigError, "scale: got 'x', expected None or a finite number"),
+    "scale nan": (DENSE | {"scale": NAN}, ConfigError, "scale: got nan, expected None or a finite number"),
+    "seed 1.5": (DENSE | {"dropout_p": 0.1, "seed": 1.5}, ConfigError, "seed: got 1.5, expected None or .*, an int"),
+    "numpy": ({n: t.numpy() for n, t in DENSE.items()}, DtypeError, "q: got a ndarray, expected a torch.Tensor"),
+    "None": (DENSE | {"v": None}, DtypeError, "v: got a NoneType, expected a torch.Tensor"),
+    "mask list": (DENSE | {"key_padding_mask": [[True] * 3] * 2}, DtypeError, "key_padding_mask: got a list, expected"),
+    "ends list": (PACKED | {"cu_seqlens": [0, 2, 5]}, DtypeError, "cu_seqlens: got a list, expected a torch.Tensor"),
     "seed": (DENSE | {"dropout_p": 0.1, "seed": -1}, ConfigError, "seed: got -1, expected None or 0 <= seed < 2"),
 }
 

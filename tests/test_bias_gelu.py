@@ -179,6 +179,8 @@ def test_triton_refuses_float64():
         ({"x": torch.zeros(5, 6, dtype=torch.int32)}, DtypeError, "x: got torch.int32"),
         ({"bias": torch.zeros(6, dtype=torch.int32)}, DtypeError, "bias: got torch.int32"),
         ({"bias": torch.zeros(6, device="meta")}, ShapeError, "bias: got a tensor on meta"),
+        ({"x": None}, DtypeError, "x: got a NoneType, expected a torch.Tensor"),
+        ({"x": torch.tensor(1.0)}, ShapeError, r"x: got shape \(\), expected at least one dimension"),
         ({"approximate": "erf"}, ConfigError, "approximate: got 'erf', expected one of 'none', 'tanh'"),
         ({"backend": "cuda"}, BackendError, "cuda"),
     ],

@@ -150,13 +150,19 @@ def test_compiles_as_one_graph():
         ({"word_embeddings": torch.zeros(13, 16).long()}, DtypeError, "word_embeddings: got torch.int64"),
         ({"weight": torch.zeros(13)}, ShapeError, r"weight: got shape \(13,\), expected \(16,\)"),
         ({"bias": torch.zeros(16, device="meta")}, ShapeError, "bias: got a tensor on meta"),
+        ({"word_embeddings": torch.tensor(1.0)}, ShapeError, r"word_embeddings: got shape \(\), expected two dim"),
+        ({"token_type_embeddings": torch.tensor(1.0)}, ShapeError, r"token_type_embeddings: got shape \(\)"),
+        ({"input_ids": [0, 1, 2, 3]}, DtypeError, "input_ids: got a list, expected a torch.Tensor"),
+        ({"token_type_ids": [0, 1, 1, 0]}, DtypeError, "token_type_ids: got a list"),
+        ({"weight": None}, DtypeError, "weight: got a NoneType"),
+        ({"eps": float("nan")}, ConfigError, "eps: got nan, expected a number, at least 0"),
         ({"dropout_p": 1.5}, ConfigError, "dropout_p: got 1.5"),
         ({"backend": "triton"}, BackendError, "triton"),
     ],
 )
 def test_says_what_is_wrong(change, error, message):
     arguments = {**inputs(4, types=2, positions=5), **change}
-    if "input_ids" in change and arguments["input_ids"].shape != (4,):
+    if isinstance(change.get("input_ids"), torch.Tensor) and arguments["input_ids"].shape != (4,):
         arguments |= {"token_type_ids": None, "token_type_embeddings": None}
         if arguments["position_ids"] is not None:
             arguments |= {"position_ids": None, "position_embeddings": None}

@@ -290,10 +290,41 @@ def test_bad_arguments_are_named(small):
     corpus, tokenizer = small
     with pytest.raises(ConfigError, match="masking is 'span', expected one of 'token', 'whole_word'"):
         MaskedLM(corpus, tokenizer, max_length=32, masking="span")
-    for prob in (0.0, 1.5, float("nan")):
-        with pytest.raises(ConfigError, match=f"mask_prob is {prob}"):
+    for prob in (0.0, 1.5, float("nan"), "x", True):
+        with pytest.raises(ConfigError, match=f"mask_prob is {prob!r}, expected a number above 0 and at most 1"):
             MaskedLM(corpus, tokenizer, max_length=32, mask_prob=prob)
+    with pytest.raises(ConfigError, match="seed is 0.5, expected an integer"):
+        MaskedLM(corpus, tokenizer, max_length=32, seed=0.5)
+    with pytest.raises(ConfigError, match="corpus is 'corpus', expected a Corpus"):
+        MaskedLM("corpus", tokenizer, max_length=32)
+    with pytest.raises(ConfigError, match="tokenizer is None, expected a Tokenizer"):
+        MaskedLM(corpus, None, max_length=32)
     objective = MaskedLM(corpus, tokenizer, max_length=32)
-    for indices, message in (([-1], "index -1"), ([len(objective)], f"outside of the {len(objective)}"), ([], "shape")):
-        with pytest.raises(DataError, match=message):
-            objective.batch(indices, 0)
+    for call in (objective.order, lambda epoch: objective.batch([0], epoch)):
+        with pytest.raises(ConfigError, match="epoch is '1', expected an integer"):
+            call("1")
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([-1], "index -1 is outside of the"),
+        ([1 << 40], f"index {1 << 40} is outside of the"),
+        ([], "shape"),
+        ([[0], [1, 2]], "one dimension"),
+        ([0.5], "dtype float64, expected integers: the first is 0.5"),
+        ([True, False], "dtype bool"),
+        (["0"], "dtype <U1"),
+    ],
+)
+def test_indices_that_are_none_are_refused(small, indices, message):
+    corpus, tokenizer = small
+    with pytest.raises(DataError, match=message):
+        MaskedLM(corpus, tokenizer, max_length=32).batch(indices, 0)
+
+
+def test_integers_of_numpy_are_integers(small):
+    corpus, tokenizer = small
+    batch = MaskedLM(corpus, tokenizer, max_length=32, seed=3).batch([1, 0], 2)
+    same = MaskedLM(corpus, tokenizer, max_length=np.int64(32), seed=np.int64(3)).batch(np.uint8([1, 0]), np.int32(2))
+    assert torch.equal(batch.input_ids, same.input_ids)

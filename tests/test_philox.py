@@ -1,5 +1,7 @@
 """The seeded generator against published answers, and its layout over elements against loops over single counters."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -47,6 +49,18 @@ def test_row_elements_follow_the_documented_counters():
     assert keep.shape == (4, 37)
     for row, column in ((0, 0), (3, 36), (2, 15), (2, 16), (1, 31)):
         assert keep[row, column] == (byte((column // 16, row, 0, 0), seed, column) >= threshold(p))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("length", [8, 40])
+def test_compiled_code_draws_the_same(length):
+    """Compiled into one loop, the products that wrap would be undefined behaviour."""
+
+    def draw():
+        return attention_keep(2**64 - 5, 0.3, 2, 3, length), row_keep(5, 0.3, length, length)
+
+    for compiled, eager in zip(torch.compile(draw, fullgraph=True)(), draw(), strict=True):
+        assert torch.equal(compiled, eager)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (1, 1)])

@@ -112,23 +112,37 @@ def test_one_dropout_mask_serves_keys_and_values():
     torch.testing.assert_close(output[kept][:, 0, 0], (2 * a).expand(kept.sum(), 4))
 
 
+@pytest.mark.parametrize("length", [6, 12])
+@pytest.mark.parametrize("arguments", [{}, {"dropout_p": 0.2, "seed": 1}], ids=["", "dropout"])
+def test_compiles_without_graph_breaks(length, arguments):
+    """Windows of the table below 2R + 1 tokens, the band of the scores from there on."""
+    torch.compiler.reset()
+    inputs = make_inputs([length, length], 2, 4)
+    op = partial(ops.relative_attention, max_relative_position=4, **arguments)
+    results = []
+    for run in (torch.compile(op, fullgraph=True, backend="aot_eager"), op):
+        output = run(**inputs)
+        results.append((output, *torch.autograd.grad(output.square().sum(), [inputs[n] for n in "qkv"])))
+    for compiled, eager in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
 class LargestTensor(TorchDispatchMode):
-    elements = 0
+    storage = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
-            self.elements = max(self.elements, result.numel())
+            self.storage = max(self.storage, result.untyped_storage().nbytes())
         return result
 
 
-def test_nothing_of_length_squared_times_head_dim_is_made():
-    length, head_dim, radius = 256, 32, 16
-    inputs = make_inputs([length], 1, head_dim)
+@pytest.mark.parametrize(("length", "radius"), [(64, 64), (256, 16)])
+def test_nothing_of_length_squared_times_head_dim_is_made(length, radius):
+    inputs = make_inputs([length], 1, 32)
     with LargestTensor() as largest:
-        output = ops.relative_attention(**inputs, max_relative_position=radius)
-        output.sum().backward()
-    assert largest.elements <= length * (length + 2 * radius)
+        ops.relative_attention(**inputs, max_relative_position=radius).sum().backward()
+    assert largest.storage <= 4 * length * (length + 2 * radius)
 
 
 def test_wrong_input_is_named():
@@ -136,5 +150,6 @@ def test_wrong_input_is_named():
     with pytest.raises(ShapeError, match=r"q: got head dim 5, the last of \(2, 3, 2, 5\), expected an even number"):
         ops.relative_attention(odd, odd, odd)
     even = torch.zeros(2, 3, 2, 4)
-    with pytest.raises(ConfigError, match="max_relative_position: got 0, expected at least 1"):
-        ops.relative_attention(even, even, even, max_relative_position=0)
+    for radius in (0, 3.5, None):
+        with pytest.raises(ConfigError, match=f"max_relative_position: got {radius}, expected at least 1, an int"):
+            ops.relative_attention(even, even, even, max_relative_position=radius)

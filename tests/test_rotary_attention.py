@@ -92,5 +92,6 @@ def test_wrong_input_is_named():
     with pytest.raises(ShapeError, match=r"q: got head dim 5, the last of \(2, 3, 2, 5\), expected an even number"):
         ops.rotary_attention(odd, odd, odd)
     even = torch.zeros(2, 3, 2, 4)
-    with pytest.raises(ConfigError, match="theta: got 0.0, expected a positive number"):
-        ops.rotary_attention(even, even, even, theta=0.0)
+    for theta in (0.0, float("nan"), float("inf"), "10"):
+        with pytest.raises(ConfigError, match=f"theta: got {theta!r}, expected a positive number"):
+            ops.rotary_attention(even, even, even, theta=theta)

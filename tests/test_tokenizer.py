@@ -248,13 +248,61 @@ def test_it_works_in_a_spawned_worker(char):
 def test_bad_arguments_name_what_was_expected(corpus_file, tmp_path):
     with pytest.raises(ConfigError, match="'syllable', expected one of 'char', 'wordpiece'"):
         Tokenizer.train(corpus_file, 100, "syllable")
-    with pytest.raises(ConfigError, match="vocab_size is 5"):
-        Tokenizer.train(corpus_file, 5)
+    for size in (5, "100", 100.0, None):
+        with pytest.raises(ConfigError, match=f"vocab_size is {size!r}, expected an integer, more than the 5 special"):
+            Tokenizer.train(corpus_file, size)
+    with pytest.raises(ConfigError, match="min_frequency is '2', expected an integer"):
+        Tokenizer.train(corpus_file, 100, min_frequency="2")
     with pytest.raises(MissingFileError, match="nowhere.txt"):
         Tokenizer.train(tmp_path / "nowhere.txt", 100)
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(DataError, match="empty.txt"):
         Tokenizer.train(tmp_path / "empty.txt", 100, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"ab", "the text b'ab' is a bytes, expected a str"),
+        (("a", "b"), r"the text \('a', 'b'\) is a tuple, expected a str"),
+        ("x\ud800abc", r"the text 'x\\ud800abc' has the lone surrogate '\\ud800' at index 1, expected Unicode"),
+    ],
+)
+def test_what_is_no_text_is_refused(char, text, message):
+    for encode in (char.encode, lambda text: char.encode_batch(["a", text]), lambda text: char.encode_words([text])):
+        with pytest.raises(DataError, match=message):
+            encode(text)
+
+
+VOCABULARY = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n中\n国\n词\n语\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("added_tokens.json", {"词语": 9}),
+        ("added_tokens.json", {"中": 5}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"0": {"content": "[PAD]"}, "9": {"content": "词语"}}}),
+    ],
+)
+def test_added_tokens_without_a_tokenizer_json_are_refused_by_name(tmp_path, name, content):
+    """As the slow tokenizers of older transformers save them."""
+    (tmp_path / "vocab.txt").write_text(VOCABULARY, encoding="utf-8")
+    (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(DataError, match=f"{name} adds the tokens '(词语|中)', expected them in .*tokenizer.json"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_added_tokens_of_a_tokenizer_json_are_taken(tmp_path):
+    (tmp_path / "vocab.txt").write_text(VOCABULARY, encoding="utf-8")
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    tokenizer._backend.add_tokens(["词语"])
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": 0, "词语": 9}), encoding="utf-8")
+    assert Tokenizer.from_pretrained(tmp_path).encode("中词语国") == [2, 5, 9, 6, 3]
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"词语": 10}), encoding="utf-8")
+    with pytest.raises(DataError, match="adds the tokens '词语'"):
+        Tokenizer.from_pretrained(tmp_path)
 
 
 def test_missing_folders_and_files_are_named(tmp_path):
@@ -278,10 +326,16 @@ def test_missing_folders_and_files_are_named(tmp_path):
         ("tokenizer.json", b"[]", "expected an object"),
         ("tokenizer.json", b'{"model": {"type": "BPE"}}', "the model is 'BPE', expected 'WordPiece'"),
         ("tokenizer_config.json", b'{"mask_token": 3}', "mask_token is 3"),
+        (
+            "tokenizer_config.json",
+            b'{"added_tokens_decoder": ["x"]}',
+            r"added_tokens_decoder is \['x'\], expected tokens",
+        ),
         ("tokenizer_config.json", b'{"do_lower_case": "yes"}', "do_lower_case is 'yes'"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content, message):
+    (tmp_path / "vocab.txt").write_text(VOCABULARY, encoding="utf-8")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         Tokenizer.from_pretrained(tmp_path)

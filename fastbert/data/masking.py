@@ -29,8 +29,8 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 def sample_keys(seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
     """One uint64 key for each sample index, from which all its random numbers follow."""
-    head = np.array([seed & _FULL], np.uint64)
-    head = mix(mix(head) + np.uint64(epoch * _GOLDEN & _FULL))
+    head = np.array([int(seed) & _FULL], np.uint64)
+    head = mix(mix(head) + np.uint64(int(epoch) * _GOLDEN & _FULL))
     return mix(head + samples.astype(np.uint64) * np.uint64(_GOLDEN))
 
 

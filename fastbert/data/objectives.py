@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 import numpy as np
 import torch
 
 from fastbert.data.arrays import first_of
+from fastbert.data.checks import check
 from fastbert.data.masking import MOST_SAMPLES, SELECT, budgets, corrupt, permutation, sample_keys
 from fastbert.data.samples import pack
 from fastbert.data.shards import Corpus
@@ -52,10 +54,12 @@ class MaskedLM:
         mask_prob: float = 0.15,
         seed: int = 0,
     ):
-        if masking not in SELECT:
+        if masking not in tuple(SELECT):
             raise ConfigError(f"masking is {masking!r}, expected one of {', '.join(map(repr, SELECT))}")
-        if not 0 < mask_prob <= 1:
-            raise ConfigError(f"mask_prob is {mask_prob}, expected more than 0 and at most 1")
+        check("mask_prob", mask_prob, Real, "a number above 0 and at most 1", lambda prob: 0 < prob <= 1)
+        check("seed", seed, Integral, "an integer")
+        check("corpus", corpus, Corpus, "a Corpus")
+        check("tokenizer", tokenizer, Tokenizer, "a Tokenizer")
         corpus.check_tokenizer(tokenizer)
         self.corpus, self.seed, self.mask_prob = corpus, seed, mask_prob
         self.samples = pack(corpus, max_length, packing)
@@ -69,10 +73,12 @@ class MaskedLM:
 
     def order(self, epoch: int) -> np.ndarray:
         """The permutation of sample indices (int64) for an epoch, a pure function of (seed, epoch)."""
+        check("epoch", epoch, Integral, "an integer")
         return permutation(self.seed, epoch, len(self))
 
     def batch(self, indices: Sequence[int], epoch: int) -> Batch:
-        """The samples `indices` as they look in `epoch`."""
+        """The samples `indices` as they look in `epoch`. DataError for indices that are none."""
+        check("epoch", epoch, Integral, "an integer")
         indices = self._checked(indices)
         ids, word_start, lengths = self._gather(indices)
         keys = sample_keys(self.seed, epoch, indices)
@@ -94,15 +100,20 @@ class MaskedLM:
         )
 
     def _checked(self, indices: Sequence[int]) -> np.ndarray:
-        indices = np.asarray(indices, np.int64)
+        try:
+            indices = np.asarray(indices)
+        except ValueError as error:
+            raise DataError(f"sample indices are {indices!r}, expected integers in one dimension") from error
         if indices.ndim != 1 or not 0 < len(indices) <= MOST_SAMPLES:
             raise DataError(
                 f"sample indices have shape {indices.shape}, expected 1 to {MOST_SAMPLES} of them in one dimension"
             )
+        if indices.dtype.kind not in "iu":
+            raise DataError(f"sample indices have dtype {indices.dtype}, expected integers: the first is {indices[0]}")
         outside = (indices < 0) | (indices >= len(self))
         if outside.any():
             raise DataError(f"sample index {indices[outside][0]} is outside of the {len(self)} samples")
-        return indices
+        return indices.astype(np.int64)
 
     def _gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Packed ids with [CLS] and [SEP] (int64), word_start without them (uint8), and lengths without them

@@ -9,25 +9,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import chain
+from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from fastbert.data.checks import check
 from fastbert.data.shards import MANIFEST, ShardWriter, write_manifest
 from fastbert.data.text import Row, Tally, as_paths, read_rows, scan, segmenter
 from fastbert.data.tokenizer import Tokenizer
-from fastbert.errors import ConfigError, DataError
+from fastbert.errors import DataError
 
 _BATCH_CHARACTERS = 1 << 20
 _MOST_SHARD_TOKENS = 1 << 30  # well below what the 32-bit offsets of a shard can count
+_NOTHING_HELD = "no validation split: there are no two different documents (a blank line or the end of a file ends one)"
 
 
 @dataclass(frozen=True)
 class PrepareReport:
     """What `prepare` made. splits: per split its documents, rows, tokens, words and unknown tokens; dropped and
-    repaired: by reason the count and the first places (file:line)."""
+    repaired: by reason the count and the first places (file:line). notes: what came out otherwise than was asked."""
 
     folder: Path
     splits: dict[str, dict[str, int]]
@@ -35,6 +38,7 @@ class PrepareReport:
     seconds: float
     dropped: dict[str, dict]
     repaired: dict[str, dict]
+    notes: list[str]
 
     def __str__(self) -> str:
         speed = self.characters / self.seconds
@@ -42,6 +46,7 @@ class PrepareReport:
         for split, counts in self.splits.items():
             figures = (f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
             lines.append(f"  {split}: {', '.join(figures)}")
+        lines += [f"  note: {note}" for note in self.notes]
         for title, reasons in (("dropped", self.dropped), ("repaired", self.repaired)):
             for reason, entry in reasons.items():
                 lines.append(f"  {title}: {entry['count']:,} x {reason}, first at {', '.join(entry['examples'])}")
@@ -67,29 +72,35 @@ def prepare(
     `tag_separator`) or "rjieba", see `segmenter`. errors: "strict" or "replace", see `read_rows`. validation_fraction:
     share of the documents held out as the split "validation", chosen by a hash of their text, so that a document is
     never in both, equal documents stay together, and the choice outlives a new order of the files; at least one
-    document if there are two. shard_tokens: a shard is closed once it holds that many tokens. overwrite: replace `out`
-    if it is a corpus folder.
+    document if there are two different ones; if not, none, and the report notes it. shard_tokens: a shard is closed
+    once it holds that many tokens. overwrite: replace `out` if it is a corpus folder.
 
-    The text is read twice: all of it is checked before any work is done. Raises DataError (bad text, no text, `out`
-    exists), MissingFileError, ConfigError (an argument that makes no sense), MissingDependencyError (words="rjieba"
-    without rjieba).
+    The text is read twice: all of it is checked before any work is done. Raises DataError (bad text, no text, a file
+    given twice, `out` exists), MissingFileError, ConfigError (an argument that makes no sense), MissingDependencyError
+    (words="rjieba" without rjieba).
+
+    The work is done in a hidden folder .<name>.new-<mark> beside `out`. A process killed outright (SIGKILL, loss of
+    power) leaves it there, and one killed in the instant of a replacement also .<name>.old-<mark>, which is what was
+    there before. Nothing reads them: delete them when no `prepare` is at work.
     """
-    begin, out = time.perf_counter(), Path(out)
-    if not 0 <= validation_fraction < 1:
-        raise ConfigError(f"validation_fraction is {validation_fraction}, expected at least 0 and less than 1")
-    if not 1 <= shard_tokens <= _MOST_SHARD_TOKENS:
-        raise ConfigError(f"shard_tokens is {shard_tokens}, expected 1 to {_MOST_SHARD_TOKENS}")
+    begin = time.perf_counter()
+    check("tokenizer", tokenizer, Tokenizer, "a Tokenizer")
+    check("out", out, str | PathLike, "the path of a folder")
+    check("validation_fraction", validation_fraction, Real, "a number from 0 to less than 1", lambda x: 0 <= x < 1)
+    expected = f"an integer from 1 to {_MOST_SHARD_TOKENS}"
+    check("shard_tokens", shard_tokens, Integral, expected, lambda x: 1 <= x <= _MOST_SHARD_TOKENS)
     settings = {
         "words": words,
         "tag_separator": tag_separator,
         "errors": errors,
-        "validation_fraction": validation_fraction,
-        "shard_tokens": shard_tokens,
+        "validation_fraction": float(validation_fraction),
+        "shard_tokens": int(shard_tokens),
     }
-    paths, cut = as_paths(files), segmenter(words, tag_separator)
+    out, paths, cut = Path(out).resolve(), as_paths(files), segmenter(words, tag_separator)
     _check_target(out, overwrite)
     found = scan(paths, errors, progress)
     held = hold_out(found.hashes, validation_fraction)
+    notes = [] if held.any() or not validation_fraction else [_NOTHING_HELD]
     repaired = Tally()
     with _replacing(out) as folder:
         build = _Build(folder, tokenizer, held, shard_tokens)
@@ -106,6 +117,7 @@ def prepare(
             "splits": {name: split.counts | {"shards": split.writer.table()} for name, split in build.splits.items()},
             "dropped": build.dropped.reasons,
             "repaired": repaired.reasons,
+            "notes": notes,
         }
         write_manifest(folder, content)
     return PrepareReport(
@@ -115,19 +127,17 @@ def prepare(
         seconds=time.perf_counter() - begin,
         dropped=build.dropped.reasons,
         repaired=repaired.reasons,
+        notes=notes,
     )
 
 
 def hold_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """Which documents are held out (bool): those whose hash (uint64) is below the fraction, but at least one, and not
-    all, where there are two."""
+    """Which documents are held out (bool): those whose hash (uint64) is below the fraction, but at least one if there
+    are two different ones, and never all."""
     held = hashes < fraction * 2.0**64
-    if fraction and len(hashes) > 1:
-        if not held.any():
-            held[hashes.argmin()] = True
-        if held.all():
-            held[hashes.argmax()] = False
-    return held
+    if fraction and not held.any():
+        held = hashes == hashes.min()
+    return hashes != hashes.max() if held.all() else held
 
 
 class _Split:
@@ -209,12 +219,14 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
-    if not os.path.lexists(out):
+    if not out.exists():
         return
     if not overwrite:
         raise DataError(f"{out} exists already; overwrite=True replaces it")
     if not (out / MANIFEST).is_file():
         raise DataError(f"{out} exists and is not a corpus folder (it has no {MANIFEST}): it is not replaced")
+    if Path.cwd().is_relative_to(out):
+        raise DataError(f"{out} holds the current folder: change to another one to replace it")
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """Packing: the rows of a corpus laid into samples of at most max_length pieces, [CLS] and [SEP] included."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 
+from fastbert.data.checks import check
 from fastbert.data.shards import Corpus, Shard
 from fastbert.errors import ConfigError
 
@@ -41,8 +43,8 @@ def pack(corpus: Corpus, max_length: int, packing: str = "full_sentences") -> Sa
     """
     if packing not in PACKINGS:
         raise ConfigError(f"packing is {packing!r}, expected one of {', '.join(map(repr, PACKINGS))}")
-    if not 3 <= max_length <= LONGEST:
-        raise ConfigError(f"max_length is {max_length}, expected 3 to {LONGEST}: [CLS], [SEP] and at least one piece")
+    expected = f"3 to {LONGEST}: [CLS], [SEP] and at least one piece"
+    check("max_length", max_length, Integral, expected, lambda length: 3 <= length <= LONGEST)
     borders = [_borders(shard, max_length - 2, packing) for shard in corpus.shards]
     return Samples(
         shard=np.repeat(np.arange(len(borders), dtype=np.int32), [len(border) - 1 for border in borders]),

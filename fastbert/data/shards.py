@@ -240,10 +240,10 @@ def _map_shard(path: Path, info: ShardInfo) -> Shard:
 
 
 def _arrays(path: Path, batch: pa.RecordBatch) -> Shard:
-    if batch.schema not in (_schema(pa.uint16()), _schema(pa.int32())):
-        columns = ", ".join(f"{column.name}: {column.type}" for column in batch.schema)
-        raise DataError(f"{path} has the columns {columns}, expected document, input_ids and word_start")
     try:
+        if batch.schema not in (_schema(pa.uint16()), _schema(pa.int32())):
+            columns = ", ".join(f"{column.name}: {column.type}" for column in batch.schema)
+            raise DataError(f"{path} has the columns {columns}, expected document, input_ids and word_start")
         batch.validate()
         document, input_ids, word_start = batch.columns
         return Shard(
@@ -252,7 +252,7 @@ def _arrays(path: Path, batch: pa.RecordBatch) -> Shard:
             row_offsets=input_ids.offsets.to_numpy(zero_copy_only=True),
             documents=document.to_numpy(zero_copy_only=True),
         )
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter for the name of a column
         raise DataError(f"{path} holds damaged columns: {error}") from error
 
 

@@ -1,7 +1,7 @@
 """Text files as rows and documents, and rows as words.
 
-A file is UTF-8. One line is one row (a sentence or a paragraph). A blank line ends a document, and so does the end of
-a file.
+A file is UTF-8. One line is one row (a sentence or a paragraph); it ends with LF, CR LF or CR. A blank line ends a
+document, and so does the end of a file.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from fastbert.data.checks import check
 from fastbert.errors import ConfigError, DataError, MissingDependencyError, MissingFileError
 
 WORDS = ("none", "segmented", "rjieba")
@@ -65,9 +66,13 @@ class Scan:
 
 
 def as_paths(files: str | PathLike | Sequence[str | PathLike]) -> list[Path]:
-    """One path or several as a list of paths that all name readable files; a MissingFileError or DataError names the
-    first that does not."""
-    paths = [Path(files)] if isinstance(files, str | PathLike) else [Path(f) for f in files]
+    """One path or several as a list of paths that all name readable files, each file once; a MissingFileError or
+    DataError names the first that does not. ConfigError: `files` are no paths."""
+    try:
+        paths = [Path(file) for file in ([files] if isinstance(files, str | PathLike) else files)]
+    except TypeError as error:
+        raise ConfigError(f"files is {files!r}, expected a path or several paths") from error
+    seen: dict[Path, Path] = {}
     if not paths:
         raise DataError("no input file was given, expected at least one text file")
     for path in paths:
@@ -75,6 +80,8 @@ def as_paths(files: str | PathLike | Sequence[str | PathLike]) -> list[Path]:
             raise DataError(f"{path} is a folder, expected a text file")
         if not path.exists():
             raise MissingFileError(f"{path} does not exist, expected a text file")
+        if (first := seen.setdefault(path.resolve(), path)) is not path:
+            raise DataError(f"{path} is given twice (first as {first}), expected each file once")
     return paths
 
 
@@ -89,8 +96,9 @@ def read_rows(paths: Sequence[Path], errors: str = "strict", repaired: Tally | N
     document = 0
     for path in paths:
         inside, offset = False, 0
-        with open(path, "rb") as file:
-            for line, raw in enumerate(file, 1):
+        # Latin-1 gives each byte back as it was: Python finds the line ends, and the rest sees bytes.
+        with open(path, encoding="latin-1", newline="") as file:
+            for line, raw in enumerate((line.encode("latin-1") for line in file), 1):
                 row = Row(document, path, line, _decode(raw, path, line, offset, errors, repaired).rstrip("\r\n"))
                 offset += len(raw)
                 if row.text.strip():
@@ -135,10 +143,9 @@ def segmenter(words: str, tag_separator: str | None = None) -> Callable[[Row], l
     """
     if words not in WORDS:
         raise ConfigError(f"words is {words!r}, expected one of {', '.join(map(repr, WORDS))}")
-    if tag_separator is not None and (words != "segmented" or not tag_separator):
-        raise ConfigError(
-            f"tag_separator is {tag_separator!r} with words={words!r}: it belongs to words='segmented' and is not empty"
-        )
+    if tag_separator is not None:
+        expected = f"None with words={words!r}; words='segmented' takes a string that is not empty"
+        check("tag_separator", tag_separator, str, expected, lambda separator: separator and words == "segmented")
     if words == "none":
         return lambda row: _RUNS.findall(row.text)
     if words == "segmented":

@@ -6,8 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 
 from fastbert.data.arrays import expand, first_of
+from fastbert.data.checks import check
 from fastbert.data.text import CJK, as_paths, read_rows
 from fastbert.errors import ConfigError, DataError, MissingFileError
 
@@ -102,10 +105,9 @@ class Tokenizer:
         """
         if level not in LEVELS:
             raise ConfigError(f"level is {level!r}, expected one of {', '.join(map(repr, LEVELS))}")
-        if vocab_size <= len(SPECIAL_TOKENS):
-            raise ConfigError(
-                f"vocab_size is {vocab_size}, expected more than the {len(SPECIAL_TOKENS)} special tokens"
-            )
+        expected = f"an integer, more than the {len(SPECIAL_TOKENS)} special tokens"
+        check("vocab_size", vocab_size, Integral, expected, lambda size: size > len(SPECIAL_TOKENS))
+        check("min_frequency", min_frequency, Integral, "an integer of at least 0", lambda count: count >= 0)
         paths = as_paths(files)
         backend = _bert_backend(
             {}, lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=level == "char"
@@ -137,7 +139,8 @@ class Tokenizer:
 
         Options of its `tokenizer_config.json` (do_lower_case, strip_accents, tokenize_chinese_chars) win over
         tokenizer.json, as in transformers. MissingFileError: no such folder or neither file. DataError: a damaged
-        file, no BERT-type WordPiece tokenizer, a special token missing.
+        file, no BERT-type WordPiece tokenizer, a special token missing, added tokens beside `vocab.txt` (only
+        tokenizer.json says all of how they are found in a text).
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -145,10 +148,13 @@ class Tokenizer:
         names, options = _read_config(folder / "tokenizer_config.json")
         full, plain = folder / "tokenizer.json", folder / "vocab.txt"
         if full.exists():
-            return cls(_parse_backend(full, names["unk_token"], options), names)
-        if plain.exists():
-            return cls(_bert_backend(_read_vocab(plain), unk_token=names["unk_token"], **options), names)
-        raise MissingFileError(f"{folder} has neither tokenizer.json nor vocab.txt")
+            tokenizer = cls(_parse_backend(full, names["unk_token"], options), names)
+        elif plain.exists():
+            tokenizer = cls(_bert_backend(_read_vocab(plain), unk_token=names["unk_token"], **options), names)
+        else:
+            raise MissingFileError(f"{folder} has neither tokenizer.json nor vocab.txt")
+        tokenizer._check_added_tokens(folder)
+        return tokenizer
 
     def save_pretrained(self, folder: str | PathLike) -> None:
         """Write tokenizer.json, vocab.txt and tokenizer_config.json, which AutoTokenizer of transformers loads with
@@ -176,14 +182,15 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of one text, between [CLS] and [SEP] unless add_special_tokens=False. The names of special tokens inside
-        the text are read as such tokens."""
+        the text are read as such tokens. DataError: the text is no str, or not Unicode (a lone surrogate)."""
+        _check_texts([text])
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` of many texts, on all cores."""
-        return [
-            encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
-        ]
+        texts = list(texts)
+        _check_texts(texts)
+        return [encoding.ids for encoding in self._backend.encode_batch(texts, add_special_tokens=add_special_tokens)]
 
     def encode_words(self, words: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Pieces of a row given as words: ids int32 [T] and word_start uint8 [T], 1 at the first piece of each word.
@@ -233,6 +240,18 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"Tokenizer({self.vocab_size} tokens, fingerprint {self.fingerprint[:12]})"
 
+    def _check_added_tokens(self, folder: Path) -> None:
+        """DataError unless this tokenizer adds all tokens that files beside the vocabulary add to it."""
+        known = {added.content: index for index, added in self._backend.get_added_tokens_decoder().items()}
+        for path, added in _read_added_tokens(folder):
+            missing = [token for token, index in added.items() if known.get(token) != index]
+            if missing:
+                full, names = folder / "tokenizer.json", ", ".join(map(repr, missing))
+                raise DataError(
+                    f"{path} adds the tokens {names}, expected them in {full} too: load the folder with AutoTokenizer "
+                    "of transformers and save it, which writes that file"
+                )
+
     def _fingerprint(self) -> str:
         decides = {key: self._config[key] for key in ("model", "normalizer", "pre_tokenizer")}
         decides["vocabulary"], decides["special"] = self._tokens, [self.special_tokens, self.special_ids]
@@ -270,6 +289,7 @@ class _PieceTable:
         self.ids, self.unit_start, self.run_start = np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.uint8)
 
     def _add(self, units: list[str]) -> None:
+        _check_texts(units)
         encoded = [encoding.ids for encoding in self._backend.encode_batch(units, add_special_tokens=False)]
         self._index.update(zip(units, range(len(self._index), len(self._index) + len(units)), strict=True))
         counts = np.fromiter(map(len, encoded), np.int64, len(encoded))
@@ -330,6 +350,17 @@ def _select_pieces(pieces: list[str], counts: Counter[str], vocab_size: int, min
     return {token: index for index, token in enumerate([*SPECIAL_TOKENS.values(), *frequent, *merges][:vocab_size])}
 
 
+def _check_texts(texts: Sequence[str]) -> None:
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"the text {shorten(text)} is a {type(text).__name__}, expected a str")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            where = f"{text[error.start]!r} at index {error.start}"
+            raise DataError(f"the text {shorten(text)} has the lone surrogate {where}, expected Unicode") from error
+
+
 def _spaced(char: str) -> bool:
     return char.isalnum() and not re.match(f"[{CJK}]", char)
 
@@ -363,6 +394,20 @@ def _read_config(path: Path) -> tuple[dict[str, str], dict]:
                 raise DataError(f"{path}: {field} is {config[field]!r}, expected true or false")
             options[option] = config[field]
     return names, options
+
+
+def _read_added_tokens(folder: Path) -> Iterator[tuple[Path, dict[str, int]]]:
+    """The files that name tokens added to a vocabulary, and these with their ids."""
+    path = folder / "added_tokens.json"
+    if path.exists():
+        yield path, _read_json(path)
+    path = folder / "tokenizer_config.json"
+    added = _read_json(path).get("added_tokens_decoder", {}) if path.exists() else {}
+    try:
+        tokens = {token["content"]: int(index) for index, token in added.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: added_tokens_decoder is {added!r}, expected tokens by their ids") from error
+    yield path, tokens
 
 
 def _parse_backend(path: Path, unk_token: str, options: dict) -> tokenizers.Tokenizer:

@@ -41,13 +41,14 @@ def attention(
 
     scale: None for 1/sqrt(D). dropout_p: 0 <= dropout_p < 1, on the probabilities. seed: None takes PyTorch's
     generator, an int gives the same mask in every backend. backend: see fastbert.use_backend. Under autocast q, k, v
-    are cast to its dtype. Returns a tensor of q's shape. Differentiable once, in q, k, v.
+    are cast to its dtype. Returns a tensor of q's shape. Differentiable once, in q, k, v; with dropout, the transforms
+    of torch.func (grad, vmap) need backend "reference".
 
-    Raises ShapeError, DtypeError, ConfigError (dropout_p, seed, max_seqlen), BackendError. On a GPU the values in
-    cu_seqlens are not checked.
+    Raises ShapeError, DtypeError, ConfigError (scale, dropout_p, seed, max_seqlen), BackendError. On a GPU the values
+    in cu_seqlens are not checked.
     Source: Vaswani et al. (2017), arXiv 1706.03762, equation 1; Devlin et al., BERT (2018), arXiv 1810.04805.
     """
-    sequences.check(q, k, v, key_padding_mask, cu_seqlens, max_seqlen, dropout_p, seed)
+    sequences.check(q, k, v, key_padding_mask, cu_seqlens, max_seqlen, scale, dropout_p, seed)
     return sequences.call(
         _TWINS[pick("attention", _BACKENDS, backend)],
         q,

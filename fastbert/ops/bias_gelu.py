@@ -21,8 +21,10 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none", backend: st
     Raises ShapeError, DtypeError, ConfigError (approximate), BackendError.
     Source: Hendrycks and Gimpel (2016), arXiv 1606.08415, section 2.
     """
+    checks.tensors(x=x, bias=bias)
     checks.floating(x=x, bias=bias)
     checks.same_device(x=x, bias=bias)
+    checks.rows(x=x)
     checks.shape("bias", bias, x.shape[-1:], "the last dimension of x")
     checks.option("approximate", approximate, ("none", "tanh"))
     name = pick("bias_gelu", _ON_CUDA if x.is_cuda else _ELSEWHERE, backend, x, bias)

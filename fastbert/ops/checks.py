@@ -1,16 +1,29 @@
 """What several ops check of their arguments. Every error names the argument, what was got and what was expected."""
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastbert.errors import ConfigError, DataError, DtypeError, ShapeError
 
 
-def tensors(**named: object) -> None:
-    """Everything is a tensor."""
+def tensors(*optional: str, **named: object) -> None:
+    """Everything is a tensor, or None if its name is in `optional`."""
     for name, value in named.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) and (value is not None or name not in optional):
             raise DtypeError(f"{name}: got a {type(value).__name__}, expected a torch.Tensor")
+
+
+def lists(**named: object) -> None:
+    """Everything is a list or tuple of tensors."""
+    for name, values in named.items():
+        if not isinstance(values, (list, tuple)):
+            raise DtypeError(f"{name}: got a {type(values).__name__}, expected a list of tensors")
+        for i, value in enumerate(values):
+            if not isinstance(value, Tensor):
+                raise DtypeError(f"{name}[{i}]: got a {type(value).__name__}, expected a torch.Tensor")
 
 
 def floating(**tensors: Tensor | None) -> None:
@@ -48,16 +61,39 @@ def shape(name: str, t: Tensor, expected: tuple[int, ...], why: str) -> None:
         raise ShapeError(f"{name}: got shape {tuple(t.shape)}, expected {tuple(expected)} ({why})")
 
 
+def rows(**tensors: Tensor) -> None:
+    """Every tensor has a last dimension."""
+    for name, t in tensors.items():
+        if t.dim() == 0:
+            raise ShapeError(f"{name}: got shape (), expected at least one dimension")
+
+
+def matrices(**tensors: Tensor | None) -> None:
+    """Every tensor (None is skipped) has two dimensions."""
+    for name, t in tensors.items():
+        if t is not None and t.dim() != 2:
+            raise ShapeError(f"{name}: got shape {tuple(t.shape)}, expected two dimensions")
+
+
+def number(name: str, value: object, fits: Callable[[float], bool], expected: str, *, whole: bool = False) -> None:
+    """An int, or unless `whole` a float, for which fits(value)."""
+    if not isinstance(value, int if whole else (int, float)) or not fits(value):
+        raise ConfigError(f"{name}: got {value!r}, expected {expected}")
+
+
+def epsilon(eps: float) -> None:
+    number("eps", eps, lambda x: 0 <= x < math.inf, "a number, at least 0")
+
+
 def option(name: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
         raise ConfigError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
 
 
 def dropout(p: float, seed: int | None) -> None:
-    if not 0.0 <= p < 1.0:
-        raise ConfigError(f"dropout_p: got {p}, expected 0 <= dropout_p < 1")
-    if seed is not None and not 0 <= seed < 2**64:
-        raise ConfigError(f"seed: got {seed}, expected None or 0 <= seed < 2**64")
+    number("dropout_p", p, lambda x: 0 <= x < 1, "0 <= dropout_p < 1")
+    if seed is not None:
+        number("seed", seed, lambda x: 0 <= x < 2**64, "None or 0 <= seed < 2**64, an int", whole=True)
 
 
 def indices(name: str, ids: Tensor, limit: int, of: str, *, besides: int | None = None) -> None:

@@ -26,14 +26,17 @@ def dropout_add_layer_norm(
     dropout_p: 0 <= dropout_p < 1. seed: None takes PyTorch's generator; an int gives the same mask in every backend.
     Returns [..., C] in residual's dtype. Statistics are float32 at least. Differentiable in all four tensors.
 
-    Raises ShapeError, DtypeError, ConfigError (dropout_p, seed), BackendError.
+    Raises ShapeError, DtypeError, ConfigError (eps, dropout_p, seed), BackendError.
     Source: Vaswani et al. (2017), arXiv 1706.03762, section 5.4; Ba et al. (2016), arXiv 1607.06450.
     """
+    checks.tensors(x=x, residual=residual, weight=weight, bias=bias)
     checks.floating(x=x, residual=residual, weight=weight, bias=bias)
     checks.same_device(x=x, residual=residual, weight=weight, bias=bias)
+    checks.rows(x=x)
     checks.shape("residual", residual, x.shape, "as x")
     checks.shape("weight", weight, x.shape[-1:], "the last dimension of x")
     checks.shape("bias", bias, x.shape[-1:], "the last dimension of x")
+    checks.epsilon(eps)
     checks.dropout(dropout_p, seed)
     name = pick("dropout_add_layer_norm", _BACKENDS, backend)
     twin = portable if name == "torch" else reference

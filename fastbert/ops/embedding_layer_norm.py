@@ -33,9 +33,9 @@ def embedding_layer_norm(
     dimension (so packed input has to give its positions). dropout_p, seed: as in dropout_add_layer_norm.
     Returns [..., C] in word_embeddings' dtype. Differentiable in the tables, weight and bias.
 
-    Raises ShapeError (also when a sequence is longer than the table of positions), DtypeError, ConfigError (dropout_p,
-    seed, ids without their table), BackendError, and DataError for an id outside its table: on the CPU only, for on a
-    GPU the check would have to wait for the device.
+    Raises ShapeError (also when a sequence is longer than the table of positions), DtypeError, ConfigError (eps,
+    dropout_p, seed, ids without their table), BackendError, and DataError for an id outside its table: on the CPU only,
+    for on a GPU the check would have to wait for the device.
     Source: Devlin et al., BERT (2018), arXiv 1810.04805, figure 2.
     """
     norm = {"weight": weight, "bias": bias}
@@ -45,10 +45,13 @@ def embedding_layer_norm(
         "token_type_embeddings": token_type_embeddings,
         "position_embeddings": position_embeddings,
     }
+    optional = "token_type_ids", "token_type_embeddings", "position_ids", "position_embeddings"
+    checks.tensors(*optional, **ids, **tables, **norm)
     checks.same_device(**ids, **tables, **norm)
     checks.integer(**ids)
     checks.floating(**tables, **norm)
     checks.same_dtype(**tables)
+    checks.matrices(**tables)
     width = word_embeddings.shape[-1]
     for (ids_name, indices), (table_name, table) in zip(ids.items(), tables.items(), strict=True):
         if table is not None:
@@ -57,6 +60,7 @@ def embedding_layer_norm(
             _check_ids(ids_name, indices, table_name, table, input_ids)
     checks.shape("weight", weight, (width,), "the width of word_embeddings")
     checks.shape("bias", bias, (width,), "the width of word_embeddings")
+    checks.epsilon(eps)
     checks.dropout(dropout_p, seed)
     if position_embeddings is not None and position_ids is None and input_ids.shape[-1] > len(position_embeddings):
         limit = len(position_embeddings)

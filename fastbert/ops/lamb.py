@@ -9,6 +9,7 @@ from torch import Tensor
 from fastbert import portable, reference
 from fastbert.backend import pick, serves
 from fastbert.errors import ConfigError, DtypeError, ShapeError
+from fastbert.ops import checks
 
 
 @torch.no_grad()
@@ -63,7 +64,9 @@ def lamb(
 
 
 def _check_tensors(params: Sequence[Tensor], grads: Sequence[Tensor], *moments: Sequence[Tensor]) -> None:
+    checks.lists(params=params)
     for name, tensors in zip(("grads", "exp_avgs", "exp_avg_sqs"), (grads, *moments), strict=True):
+        checks.lists(**{name: tensors})
         if len(tensors) != len(params):
             raise ShapeError(f"{name}: got {len(tensors)} tensors, expected {len(params)} as in params")
         for i, (t, p) in enumerate(zip(tensors, params, strict=True)):
@@ -79,16 +82,15 @@ def _check_tensors(params: Sequence[Tensor], grads: Sequence[Tensor], *moments: 
 def _check_numbers(
     step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, grad_scale: float
 ) -> None:
-    for name, value, fits, expected in (
-        ("step", step, step >= 1, "at least 1"),
-        ("lr", lr, lr >= 0, "at least 0"),
-        ("betas", betas, all(0 <= beta < 1 for beta in betas), "0 <= beta < 1"),
-        ("eps", eps, eps >= 0, "at least 0"),
-        ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
-        ("grad_scale", grad_scale, grad_scale > 0, "more than 0"),
-    ):
-        if not fits:
-            raise ConfigError(f"{name}: got {value}, expected {expected}")
+    checks.number("step", step, lambda x: x >= 1, "at least 1, an int", whole=True)
+    checks.number("lr", lr, lambda x: x >= 0, "at least 0")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ConfigError(f"betas: got {betas!r}, expected two numbers")
+    for i, beta in enumerate(betas):
+        checks.number(f"betas[{i}]", beta, lambda x: 0 <= x < 1, "0 <= beta < 1")
+    checks.number("eps", eps, lambda x: x >= 0, "at least 0")
+    checks.number("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
+    checks.number("grad_scale", grad_scale, lambda x: x > 0, "more than 0")
 
 
 def _extension_serves(*lists: Sequence[Tensor]) -> str | None:

@@ -4,8 +4,7 @@ from torch import Tensor
 
 from fastbert import portable, reference
 from fastbert.backend import lacks, pick, serves
-from fastbert.errors import ConfigError
-from fastbert.ops import sequences
+from fastbert.ops import checks, sequences
 
 _BACKENDS = {
     "triton": lacks("there is no Triton kernel for it yet"),
@@ -35,15 +34,16 @@ def relative_attention(
 
     All that `attention` says holds. D must be even. max_relative_position, R: a_ij depends on j - i, clipped to
     -R ... R; 64 in NEZHA's Chinese models, 127 in the English one. The sinusoids are implied, any length is served, and
-    no backend but "reference" makes a tensor of size [L, L, D].
+    no backend but "reference" makes a tensor of size [L, L, D]. The transforms of torch.func (grad, vmap) need that
+    backend, with dropout or without.
 
-    Raises ShapeError, DtypeError, ConfigError (dropout_p, seed, max_seqlen, max_relative_position), BackendError.
+    Raises ShapeError, DtypeError, ConfigError (scale, dropout_p, seed, max_seqlen, max_relative_position),
+    BackendError.
     Source: Wei et al., NEZHA (2019), arXiv 1909.00204, section 2.2; Shaw et al. (2018), arXiv 1803.02155, equations 3
     and 4.
     """
-    sequences.check(q, k, v, key_padding_mask, cu_seqlens, max_seqlen, dropout_p, seed, pairs=True)
-    if max_relative_position < 1:
-        raise ConfigError(f"max_relative_position: got {max_relative_position}, expected at least 1")
+    sequences.check(q, k, v, key_padding_mask, cu_seqlens, max_seqlen, scale, dropout_p, seed, pairs=True)
+    checks.number("max_relative_position", max_relative_position, lambda x: x >= 1, "at least 1, an int", whole=True)
     return sequences.call(
         _TWINS[pick("relative_attention", _BACKENDS, backend)],
         q,

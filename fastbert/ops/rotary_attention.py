@@ -1,11 +1,12 @@
 """Attention with rotary position embedding: RoFormer."""
 
+import math
+
 from torch import Tensor
 
 from fastbert import portable, reference
 from fastbert.backend import lacks, pick, serves
-from fastbert.errors import ConfigError
-from fastbert.ops import sequences
+from fastbert.ops import checks, sequences
 
 _BACKENDS = {
     "triton": lacks("there is no Triton kernel for it yet"),
@@ -41,12 +42,11 @@ def rotary_attention(
     (2k, 2k + 1), as in RoFormer's weights; False takes (k, k + D/2). Angles come from float64, and 16-bit inputs are
     turned in float32.
 
-    Raises ShapeError, DtypeError, ConfigError (dropout_p, seed, max_seqlen, theta), BackendError.
+    Raises ShapeError, DtypeError, ConfigError (scale, dropout_p, seed, max_seqlen, theta), BackendError.
     Source: Su et al., RoFormer (2021), arXiv 2104.09864, equations 16 and 34.
     """
-    sequences.check(q, k, v, key_padding_mask, cu_seqlens, max_seqlen, dropout_p, seed, pairs=True)
-    if theta <= 0:
-        raise ConfigError(f"theta: got {theta}, expected a positive number")
+    sequences.check(q, k, v, key_padding_mask, cu_seqlens, max_seqlen, scale, dropout_p, seed, pairs=True)
+    checks.number("theta", theta, lambda x: 0 < x < math.inf, "a positive number")
     return sequences.call(
         _TWINS[pick("rotary_attention", _BACKENDS, backend)],
         q,

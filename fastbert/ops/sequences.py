@@ -1,5 +1,6 @@
 """What the attention ops share: the checks of their common arguments, and autocast."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,12 +17,15 @@ def check(
     key_padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
+    scale: float | None,
     dropout_p: float,
     seed: int | None,
     *,
     pairs: bool = False,
 ) -> None:
     """Raise ShapeError, DtypeError or ConfigError for the first argument that is wrong. `pairs`: D must be even."""
+    optional = {"key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens}
+    checks.tensors(*optional, q=q, k=k, v=v, **optional)
     rank, layout = (4, "[B, L, H, D]") if cu_seqlens is None else (3, "[T, H, D], as cu_seqlens is given")
     if q.dim() != rank:
         raise ShapeError(f"q: got shape {tuple(q.shape)}, expected {layout}")
@@ -30,10 +34,12 @@ def check(
     checks.floating(q=q, k=k, v=v)
     if not torch.is_autocast_enabled(q.device.type):
         checks.same_dtype(q=q, k=k, v=v)
-    checks.same_device(q=q, k=k, v=v, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens)
+    checks.same_device(q=q, k=k, v=v, **optional)
     if q.shape[-1] == 0 or (pairs and q.shape[-1] % 2):
         expected = "an even number of at least 2" if pairs else "at least 1"
         raise ShapeError(f"q: got head dim {q.shape[-1]}, the last of {tuple(q.shape)}, expected {expected}")
+    if scale is not None:
+        checks.number("scale", scale, lambda x: abs(x) < math.inf, "None or a finite number")
     checks.dropout(dropout_p, seed)
     if cu_seqlens is not None:
         if key_padding_mask is not None:
