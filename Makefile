@@ -11,8 +11,10 @@ SOURCES = pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 .PHONY: demo test bench lint clean
 
+# OpenMP threads that wait spin for milliseconds by default: where another process has one of the cores, a step of this
+# small model then takes 30 times as long.
 demo: $(VENV)/.extra-demo
-	$(VENV)/bin/fastbert pretrain $(ARGS)
+	GOMP_SPINCOUNT=1000 $(VENV)/bin/fastbert pretrain $(ARGS)
 
 test: $(VENV)/.extra-test
 	$(VENV)/bin/python -m pytest -q --durations=15 $(ARGS)

@@ -1,6 +1,7 @@
 """The commands, from outside: what they print, where they write, how they fail; and the demonstration in small."""
 
 import json
+import math
 import os
 import random
 import shlex
@@ -14,6 +15,7 @@ import yaml
 
 import fastbert
 from fastbert import cli
+from fastbert.errors import ConfigError
 from fastbert.train import PrepareConfig, PretrainConfig, demo
 from fastbert.train.config import default_of, grouped_fields
 
@@ -144,6 +146,34 @@ def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("FASTBERT_DEBUG", "1")
     with pytest.raises(fastbert.FastBertError):
         cli.main(["pretrain", "--data", "nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (dict(lr="fast"), "lr is 'fast'"),
+        (dict(lr=-1.0), "lr is -1.0, expected at least 0"),
+        (dict(lr=math.nan), "lr is nan"),
+        (dict(steps=1.5), "steps is 1.5"),
+        (dict(steps=True), "steps is True"),
+        (dict(betas=(0.9, 1.0)), "betas is 1.0, expected less than 1"),
+        (dict(betas=(0.9,)), "expected 2 values"),
+        (dict(files="a.txt"), "files is 'a.txt', expected a list"),
+        (dict(masking="whole-word"), "did you mean 'whole_word'"),
+        (dict(data="a", files=["b"]), "data is 'a' and files"),
+        (dict(steps=1, epochs=1), "steps is 1 and epochs is 1"),
+        (dict(resume=True, overwrite=True), "resume and overwrite"),
+    ],
+)
+def test_wrong_values_are_named(values, said):
+    with pytest.raises(ConfigError, match=said):
+        PretrainConfig(**values)
+
+
+def test_unknown_keys_get_the_nearest_name():
+    with pytest.raises(ConfigError, match="unknown key 'warm_up' = 3 .did you mean 'warmup'"):
+        PretrainConfig.from_dict({"warm_up": 3})
+    assert PretrainConfig.from_dict({"lr": "1e-4", "betas": [0.9, 0.98]}).betas == (0.9, 0.98)
 
 
 # -- from end to end -------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ PREPARATION = {"words": "segmented", "validation_fraction": 0.03}
 # No dropout: the corpus is seen about twice, which is too little to learn it by heart.
 ARCHITECTURE = {
     "hidden_size": 128,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 512,
     "hidden_dropout_prob": 0.0,
@@ -38,7 +38,7 @@ SETTINGS = {
     "max_length": 64,
     "batch_size": 32,
     "steps": 2000,
-    "lr": 2e-3,
+    "lr": 3e-3,
     "warmup": 0.1,
     "betas": (0.9, 0.98),
     "log_every": 20,

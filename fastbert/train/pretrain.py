@@ -1,8 +1,8 @@
 """Pretraining: the loop from batches to checkpoints.
 
 Everything random is a function of the seed and the number of the update: the order of samples, the masks, the dropout.
-A checkpoint therefore needs no state of any generator, and a run that is resumed on the CPU equals one that never
-stopped, bit by bit.
+A checkpoint therefore needs no state of any generator, and on the CPU, with as many threads, a resumed run equals one
+that never stopped, bit by bit.
 """
 
 import hashlib
