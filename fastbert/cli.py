@@ -150,7 +150,7 @@ def _resume_command(argv: list[str]) -> str:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if processes > 1:
         return shlex.join(["torchrun", "--nproc-per-node", str(processes), "-m", "fastbert", *arguments])
-    program = ["fastbert"] if Path(sys.argv[0]).name == "fastbert" else [Path(sys.executable).name, "-m", "fastbert"]
+    program = [sys.argv[0]] if Path(sys.argv[0]).name == "fastbert" else [Path(sys.executable).name, "-m", "fastbert"]
     return shlex.join(program + arguments)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -163,7 +164,9 @@ def _print_losses(loss: float, entropy: float) -> None:
 
 
 def _print_ways_on(config: PretrainConfig, result: PretrainResult, curve: Path) -> None:
-    command = ["fastbert", "pretrain", "--data", config.data, "--init", str(result.model), "--out", f"{config.out}-2"]
+    # As it was called: a program in a virtual environment need not be on the PATH.
+    program = sys.argv[0] if Path(sys.argv[0]).name == "fastbert" else "fastbert"
+    command = [program, "pretrain", "--data", config.data, "--init", str(result.model), "--out", f"{config.out}-2"]
     for name in ("max_length", "steps", "batch_size"):
         command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     command += ["--lr", f"{config.lr / 2:g}"]
