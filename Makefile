@@ -1,10 +1,10 @@
 # make demo, make test, make bench, make lint: each sets up .venv with what it needs and runs. A second call skips what
 # is done.
 #   make demo ARGS="--variant nezha"    make test ARGS="-k attention"    make test PYTHON=python3.12
+#   make bench ARGS="rotary_attention --first 1"
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-BENCH ?= encoder_cpu
 
 PIP = $(VENV)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES = pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
@@ -19,8 +19,8 @@ demo: $(VENV)/.extra-demo
 test: $(VENV)/.extra-test
 	$(VENV)/bin/python -m pytest -q --durations=15 $(ARGS)
 
-bench: $(VENV)/.extra-hf
-	$(VENV)/bin/python -m benchmarks.$(BENCH) $(ARGS)
+bench: $(VENV)/.extra-bench
+	$(VENV)/bin/fastbert bench $(ARGS)
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .

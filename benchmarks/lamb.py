@@ -1,85 +1,121 @@
-"""One LAMB step over all parameters of a model in float32: the compiled extension against the portable composition.
+"""`lamb`: one step over all parameters of a model, in place.
 
-    python -m benchmarks.lamb --write
-
-Every backend is first held to the reference in float64, on the model's small tensors. `adamw-fused` is PyTorch's fused
-AdamW, which moves the same 28 bytes a parameter (p, g, m, v in; p, m, v out) but needs no norms: the yardstick of the
-ratio, not LAMB.
+Floors: parameter, gradient and both moments in, parameter and moments out: 28 bytes a parameter in float32. The peers
+follow other definitions of LAMB, or are AdamW, which needs no norms: they move the same bytes and cannot be compared.
 """
 
-import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import fastbert
-from benchmarks.harness import environment, percentiles, time_interleaved, write_rows
 from fastbert import ops, reference
+from fastbert.testing import compare
 
-BYTES_PER_PARAMETER = 28
+from .ceilings import Work
+from .harness import Benchmark, Case, Provider, Step
+from .op import compiled, generator_on, imported
+
 STEP = {"step": 10, "lr": 1e-3, "weight_decay": 0.01}
+LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs")
+BYTES_PER_PARAMETER = 28
 
 
-def make_state(shapes: list[torch.Size], device: str, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
-    """Lists of parameters, gradients, first and second moments."""
-    generator = torch.Generator().manual_seed(0)
-    lists = [[0.02 * torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes] for _ in range(4)]
-    lists[3] = [v.square() for v in lists[3]]
+class LambBenchmark(Benchmark):
+    op = "lamb"
+    modes = ("step",)
+
+    def shapes(self, cuda: bool) -> list[dict]:
+        presets = ["bert-base-chinese", "albert-base-v2", "bert-large-uncased"] if cuda else ["albert-base-v2"]
+        return [{"preset": preset, "parameters": sum(s.numel() for s in sizes(preset))} for preset in presets]
+
+    def inputs(self, case: Case, seed: int) -> dict:
+        """The four lists, as a run in its tenth step would have them."""
+        return make_lists(sizes(case["preset"]), case.device, seed)
+
+    def providers(self, case: Case) -> list[Provider]:
+        ours = [Provider(f"fastbert-{name}", partial(_ours, name)) for name in ("cuda", "torch")]
+        peers = [
+            Provider("eager", _eager),
+            Provider("compiled", lambda case: compiled(_eager(case))),
+            Provider("timm-lamb", _timm, package="timm", comparable=False),
+            Provider("pytorch-optimizer-lamb", _pytorch_optimizer, package="pytorch-optimizer", comparable=False),
+            Provider("adamw-fused", _adamw, comparable=False),
+        ]
+        return [*ours, *peers]
+
+    def check(self, provider: Provider, case: Case) -> str:
+        """compare() on the tensors below a million elements, on copies."""
+        op = provider.make(case)
+
+        def stepped(**lists: list[Tensor]) -> list[list[Tensor]]:
+            copies = {name: [t.clone() for t in tensors] for name, tensors in lists.items()}
+            op(**copies)
+            return [copies["params"], copies["exp_avgs"], copies["exp_avg_sqs"]]
+
+        inputs = make_lists([size for size in sizes(case["preset"]) if size.numel() < 10**6], case.device, seed=1)
+        rows = compare(stepped, partial(reference.lamb, **STEP), inputs)
+        return f"{len(rows)} tensors: at most {max(row.error / row.bound for row in rows):.2f} of the bound"
+
+    def step(self, op: Callable, inputs: dict, mode: str) -> Step:
+        return lambda: op(**inputs)
+
+    def work(self, case: Case, mode: str) -> Work:
+        return Work(bytes=BYTES_PER_PARAMETER * case["parameters"])
+
+
+def sizes(preset: str) -> list[torch.Size]:
+    """The shapes of the parameters of a preset's masked-language model."""
+    config = fastbert.EncoderConfig.from_preset(preset)
+    with torch.device("meta"):
+        model = fastbert.model_class(config.model_type, "masked_lm")(config)
+    return [parameter.shape for parameter in model.parameters()]
+
+
+def make_lists(shapes: list[torch.Size], device: str, seed: int) -> dict[str, list[Tensor]]:
+    generator = generator_on(device, seed)
+    lists = {name: [0.02 * torch.randn(s, generator=generator, device=device) for s in shapes] for name in LISTS}
+    lists["exp_avg_sqs"] = [v.square() for v in lists["exp_avg_sqs"]]
     return lists
 
 
-def check(backend: str, shapes: list[torch.Size], device: str) -> None:
-    """Stop unless a step of the backend equals the reference's in float64, to float32 rounding."""
-    got = make_state(shapes, device)
-    ops.lamb(*got, **STEP, backend=backend)
-    want = reference.lamb(*make_state(shapes, device, torch.float64), **STEP)
-    for found, expected in zip((got[0], got[2], got[3]), want, strict=True):
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-7)
+def _ours(backend: str, case: Case) -> Callable:
+    return partial(ops.lamb, **STEP, backend=backend)
 
 
-def make_steps(shapes: list[torch.Size], arguments: argparse.Namespace) -> dict[str, Callable[[], object]]:
-    """{provider: a function that does one step}."""
-    steps = {}
-    for backend in arguments.backends:
-        check(backend, [shape for shape in shapes if shape.numel() < 10**6], arguments.device)
-        state = make_state(shapes, arguments.device)
-        steps[backend] = lambda state=state, backend=backend: ops.lamb(*state, **STEP, backend=backend)
-    params, grads, *_ = make_state(shapes, arguments.device)
-    for p, g in zip(params, grads, strict=True):
-        p.grad = g
-    steps["adamw-fused"] = torch.optim.AdamW(params, fused=True).step
-    return steps
+def _eager(case: Case) -> Callable:
+    return partial(ops.lamb, **STEP, backend="reference")
 
 
-def main() -> None:
-    """Time one step of each provider."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="bert-base-chinese", help="default: bert-base-chinese")
-    parser.add_argument("--device", default="cuda", help="default: cuda")
-    parser.add_argument("--backends", nargs="+", default=["cuda", "torch"], help="default: cuda torch")
-    parser.add_argument("--rounds", type=int, default=50, help="default: 50")
-    parser.add_argument("--write", action="store_true", help="append rows to benchmarks/results/lamb.jsonl")
-    arguments = parser.parse_args()
-    config = fastbert.EncoderConfig.from_preset(arguments.preset)
-    with torch.device("meta"):
-        model = fastbert.model_class(config.model_type, "masked_lm")(config)
-    shapes = [parameter.shape for parameter in model.parameters()]
-    times = time_interleaved(make_steps(shapes, arguments), arguments.rounds, arguments.device)
-    yardstick = percentiles(times["adamw-fused"])["p50_ms"]
-    rows = []
-    for provider, found in times.items():
-        numbers = percentiles(found)
-        speed = BYTES_PER_PARAMETER * model.num_parameters() / numbers["p50_ms"] / 1e6
-        ratio = yardstick / numbers["p50_ms"]
-        print(f"{arguments.preset:24}{provider:12}{numbers['p50_ms']:10.3f} ms{speed:9.0f} GB/s{ratio:7.2f}")
-        case = {"op": "lamb", "model": arguments.preset, "dtype": "fp32", "provider": provider}
-        measured = {key: round(value, 5) for key, value in numbers.items()} | {"gb_per_s": round(speed, 1)}
-        rows.append(case | measured | {"ratio": round(ratio, 3)} | environment(arguments.device))
-    if arguments.write:
-        write_rows(rows, "lamb.jsonl")
+def _optimizer(build: Callable) -> Callable:
+    """A peer's optimizer as a function of the lists; it keeps moments of its own."""
+    built = {}
+
+    def run(params, grads, exp_avgs, exp_avg_sqs) -> None:
+        key = params[0].data_ptr()
+        if key not in built:
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g
+            built[key] = build(params)
+        built[key].step()
+
+    return run
 
 
-if __name__ == "__main__":
-    main()
+def _adamw(case: Case) -> Callable:
+    return _optimizer(partial(torch.optim.AdamW, lr=STEP["lr"], weight_decay=STEP["weight_decay"], fused=True))
+
+
+def _timm(case: Case) -> Callable:
+    lamb = imported("timm.optim.lamb", "Lamb", "timm")
+    return _optimizer(partial(lamb, lr=STEP["lr"], weight_decay=STEP["weight_decay"]))
+
+
+def _pytorch_optimizer(case: Case) -> Callable:
+    lamb = imported("pytorch_optimizer", "Lamb", "pytorch-optimizer")
+    return _optimizer(partial(lamb, lr=STEP["lr"], weight_decay=STEP["weight_decay"]))
+
+
+BENCHMARK = LambBenchmark()

@@ -1,6 +1,7 @@
-"""The commands: `fastbert pretrain`, `fastbert prepare`, `fastbert info`.
+"""The commands: `fastbert pretrain`, `fastbert prepare`, `fastbert bench`, `fastbert info`.
 
-Every option is a field of an option class of fastbert.train.config; a command adds no settings of its own.
+Every option is a field of an option class of fastbert.train.config; a command adds no settings of its own. `bench`
+reads its own command line.
 """
 
 import argparse
@@ -25,6 +26,10 @@ _INTERRUPTED = 130
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 2 for an error that the user can mend, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:
+        from fastbert.benchmarks.cli import main as bench
+
+        return bench(argv[1:])
     parser = _parser()
     options, unknown = parser.parse_known_args(argv)
     try:
@@ -65,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--config", metavar="FILE.yaml", help="options from a file; the command line wins")
             entries = _add_options(command, options)
         command.set_defaults(run=run, flags=[_flag(entry) for entry in entries])
+    commands.add_parser("bench", help="Measure ops and models beside what users would pick otherwise")
     return parser
 
 

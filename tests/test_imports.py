@@ -11,8 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
-PACKAGE = sorted(path for path in (ROOT / "fastbert").rglob("*.py") if "kernels" not in path.relative_to(ROOT).parts)
-EVERYTHING = [*PACKAGE, *KERNELS, *sorted((ROOT / "benchmarks").glob("*.py")), ROOT / "setup.py"]
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+LINKED = ("kernels", "benchmarks")  # fastbert/ has links to them
+PACKAGE = sorted(
+    path for path in (ROOT / "fastbert").rglob("*.py") if not set(LINKED) & set(path.relative_to(ROOT).parts)
+)
+LAYERED = [*PACKAGE, *KERNELS, *BENCHMARKS]
+EVERYTHING = [*LAYERED, ROOT / "setup.py"]
 
 # Layer -> the layers it may import, besides itself and errors. Nothing below imports train, cli, hf or testing.
 BELOW_TRAIN = "ops nn config packing models checkpoint optim data backend"
@@ -34,7 +39,8 @@ LAYERS = {
     "data": "",
     "train": f"{BELOW_TRAIN} __init__",
     "hf": f"{BELOW_TRAIN} __init__",
-    "cli": f"{BELOW_TRAIN} __init__ train hf",
+    "benchmarks": f"{BELOW_TRAIN} __init__ reference kernels testing",
+    "cli": f"{BELOW_TRAIN} __init__ train hf benchmarks",
     "__main__": "cli",
     "testing": "",
     "__init__": f"{BELOW_TRAIN} reference portable",
@@ -46,6 +52,7 @@ OUTSIDE = {
     "data": "torch numpy tokenizers pyarrow tqdm rjieba snownlp",
     "train": "torch numpy safetensors tqdm yaml tensorboard matplotlib",
     "hf": "torch transformers",
+    "benchmarks": "torch triton tqdm transformers matplotlib",
     "cli": "torch numpy tqdm yaml",
 }
 
@@ -60,12 +67,12 @@ def tree(path):
 
 def layer(path):
     parts = path.relative_to(ROOT).with_suffix("").parts
-    return parts[0] if parts[0] == "kernels" else parts[1]
+    return parts[0] if parts[0] in LINKED else parts[1]
 
 
 def imported(path):
     """What the file imports anywhere, as absolute names: `from fastbert import ops` is fastbert.ops."""
-    package = ["fastbert", *path.relative_to(ROOT).parts[(0 if layer(path) == "kernels" else 1) : -1]]
+    package = ["fastbert", *path.relative_to(ROOT).parts[(0 if layer(path) in LINKED else 1) : -1]]
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -75,7 +82,7 @@ def imported(path):
             yield from (".".join([*base, alias.name]) for alias in node.names)
 
 
-@pytest.mark.parametrize("path", [*PACKAGE, *KERNELS], ids=names([*PACKAGE, *KERNELS]))
+@pytest.mark.parametrize("path", LAYERED, ids=names(LAYERED))
 def test_layers_import_only_what_lies_below_them(path):
     own = layer(path)
     assert own in LAYERS, f"{path} belongs to no layer: add it to LAYERS with what it may import"
@@ -91,12 +98,13 @@ def test_layers_import_only_what_lies_below_them(path):
             assert top in outside, f"{own} may not import {module}"
 
 
-def test_kernels_are_a_linked_folder_and_not_a_package_of_their_own():
+def test_kernels_and_benchmarks_are_linked_folders():
     assert not (ROOT / "kernels" / "__init__.py").exists(), "`import kernels` must never shadow a package of that name"
-    assert os.readlink(ROOT / "fastbert" / "kernels") == "../kernels"
+    for name in LINKED:
+        assert os.readlink(ROOT / "fastbert" / name) == f"../{name}"
 
 
-@pytest.mark.parametrize("path", [*PACKAGE, *KERNELS], ids=names([*PACKAGE, *KERNELS]))
+@pytest.mark.parametrize("path", LAYERED, ids=names(LAYERED))
 def test_nothing_unsafe_and_no_validation_by_assert(path):
     forbidden = {"pickle", "cPickle", "dill", "marshal", "shelve"}
     assert not forbidden & {module.split(".")[0] for module in imported(path)}

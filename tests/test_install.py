@@ -14,8 +14,9 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.parent
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+LINKED = ("fastbert/kernels", "fastbert/benchmarks")
 PYTHON_FILES = {
-    str(path.relative_to(ROOT)) for folder in ("fastbert", "fastbert/kernels") for path in (ROOT / folder).rglob("*.py")
+    str(path.relative_to(ROOT)) for folder in ("fastbert", *LINKED) for path in (ROOT / folder).rglob("*.py")
 }
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler here"
@@ -30,7 +31,7 @@ def source(tmp_path):
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     ignore = shutil.ignore_patterns("__pycache__", "*.so")
-    for name in ("fastbert", "kernels", "csrc"):
+    for name in ("fastbert", "kernels", "benchmarks", "csrc"):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
     return copy
 
@@ -61,7 +62,7 @@ def test_wheel_without_torch_is_pure_python_and_complete(source, no_torch):
     wheel, printed = build("wheel", source, no_torch)
     assert wheel.name == "fastbert_kernels-0.1.0-py3-none-any.whl"
     assert contents(wheel) == PYTHON_FILES
-    assert any(name.startswith("fastbert/kernels/") for name in PYTHON_FILES)
+    assert all(any(name.startswith(folder) for name in PYTHON_FILES) for folder in LINKED)
     assert "not built: torch cannot be imported" in printed
     metadata = {name.split("/", 1)[1]: name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" in name}
     assert "licenses/LICENSE" in metadata

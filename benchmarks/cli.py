@@ -1,0 +1,185 @@
+"""`fastbert bench`: what is measured, on which device, and where the rows go.
+
+    fastbert bench                                     every op; without a GPU small shapes on the CPU
+    fastbert bench rotary_attention --dtypes bf16      one op
+    fastbert bench attention --shape B=8 L=1024 D=128  your own shape; sizes that are not named stay as they are
+    fastbert bench --list                              ops, their shapes and who is compared
+    fastbert bench report                              tables and plots from the rows; see fastbert bench report --help
+    fastbert bench static                              what the compiler says, without a GPU; see ... static --help
+
+Every provider is first held to float64 by fastbert.testing.compare; then the providers take turns. A provider that is
+not installed, or cannot express what is asked, is a line that says so. Without --out nothing is written.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from itertools import chain
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from fastbert.errors import ConfigError, FastBertError
+
+from . import rows
+from .ceilings import DTYPES
+from .harness import OURS, Benchmark, Case, Runner, Settings
+
+OPS = (
+    "attention",
+    "rotary_attention",
+    "relative_attention",
+    "bias_gelu",
+    "dropout_add_layer_norm",
+    "embedding_layer_norm",
+    "linear_cross_entropy",
+    "lamb",
+)
+MODELS = ("models", "latency", "train_step")
+COMMANDS = ("report", "static")
+
+
+def main(argv: Sequence[str], prog: str = "fastbert bench") -> int:
+    """Runs the command and returns its exit code: 0; 1 if one of our own providers was wrong or failed; 2 for an error
+    that the user can mend."""
+    try:
+        if argv and argv[0] in COMMANDS:
+            return import_module(f".{argv[0]}", __package__).main(argv[1:], prog=f"{prog} {argv[0]}")
+        return _bench(_parser(prog).parse_args(argv))
+    except (FastBertError, OSError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+
+
+def load(name: str) -> Benchmark:
+    """The benchmark of an op or of models, by its name."""
+    if name not in (*OPS, *MODELS):
+        raise ConfigError(f"benchmark: got {name!r}, expected one of {', '.join((*OPS, *MODELS, *COMMANDS))}")
+    return import_module(f".{name}", __package__).BENCHMARK
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join((*OPS, *MODELS))}; default: every op")
+    parser.add_argument("--list", action="store_true", help="show shapes and providers, measure nothing")
+    parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: fp16 bf16, one shape in fp32; CPU: fp32")
+    parser.add_argument("--modes", nargs="+", choices=("fwd", "bwd", "fwd+bwd", "step"), help="default: all")
+    parser.add_argument("--providers", nargs="+", metavar="NAME", help="names or their beginnings; default: all")
+    parser.add_argument("--shape", nargs="+", type=_size, metavar="SIZE=N", help="in place of the first shape's sizes")
+    parser.add_argument("--first", type=int, metavar="N", help="only the first N cases: the most telling ones")
+    parser.add_argument("--rounds", type=int, help="turns of each provider; default: 50, on a CPU 10")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after this time")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: as PyTorch decides")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="append rows to FOLDER/<device>.jsonl")
+    return parser
+
+
+def _size(text: str) -> tuple[str, int | float | str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not SIZE=N, such as L=512")
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    return name, value
+
+
+def cases(benchmark: Benchmark, options: argparse.Namespace, device: str, cuda: bool) -> list[Case]:
+    """What is measured, in order: every shape in 16 bits, then the first one in float32."""
+    shapes = benchmark.shapes(cuda)
+    if options.shape:
+        unknown = sorted(set(dict(options.shape)) - set(shapes[0]))
+        if unknown:
+            raise ConfigError(f"--shape: {benchmark.op} has no {', '.join(unknown)}, but {', '.join(shapes[0])}")
+        shapes = [{**shapes[0], **dict(options.shape)}]
+    dtypes = options.dtypes or benchmark.dtypes(cuda)
+    narrow = [Case(shape, dtype, device) for shape in shapes for dtype in dtypes if dtype != "fp32"]
+    wide = [Case(shape, "fp32", device) for shape in (shapes[:1] if narrow else shapes) if "fp32" in dtypes]
+    return (narrow + wide)[: options.first]
+
+
+def _bench(options: argparse.Namespace) -> int:
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = _usable(device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    chosen = {name: load(name) for name in options.names or OPS}
+    todo = {name: cases(benchmark, options, device, cuda) for name, benchmark in chosen.items()}
+    if options.list:
+        for name, benchmark in chosen.items():
+            _describe(benchmark, todo[name])
+        return 0
+    settings = Settings(
+        device=device,
+        modes=options.modes,
+        providers=options.providers,
+        rounds=options.rounds or (50 if cuda else 10),
+        deadline=time.monotonic() + 60 * options.minutes,
+    )
+    print(", ".join(f"{name} {value}" for name, value in rows.environment(device).items() if value is not None))
+    wrong = 0
+    with tqdm(bar_format="{desc} [{elapsed}]", leave=False, disable=None) as bar:
+        table = Table()
+        dtypes = {case.dtype for cases in todo.values() for case in cases}
+        runner = Runner(settings, dtypes, bar.set_description_str)
+        measured = (runner.rows(benchmark, todo[name]) for name, benchmark in chosen.items())
+        for row in chain(runner.ceiling_rows(), *measured):
+            if options.out:
+                rows.write(options.out, [row])
+            bar.write(table.lines(row))
+            wrong += row["status"] in (rows.WRONG, rows.FAILED) and row["provider"].startswith(OURS)
+    if wrong:
+        print(f"{wrong} of fastbert's own rows are wrong or failed: see above", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _usable(device: str) -> bool:
+    """Whether the device is a GPU. Raises ConfigError if it is none that can be used."""
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"--device: got {device!r}, expected cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device: got {device!r}, but PyTorch {torch.__version__} finds no GPU")
+    if kind == "cuda":
+        torch.cuda.set_device(device if ":" in device else "cuda:0")
+    return kind == "cuda"
+
+
+def _describe(benchmark: Benchmark, cases: Sequence[Case]) -> None:
+    print(f"{benchmark.op} ({', '.join(benchmark.modes)})")
+    for case in cases:
+        print(f"  {case}: {', '.join(provider.name for provider in benchmark.providers(case))}")
+
+
+class Table:
+    """Rows as lines for a person, under a headline for each case."""
+
+    def __init__(self):
+        self._case = None
+
+    def lines(self, row: dict) -> str:
+        if row["op"] == "ceilings":
+            found = ", ".join(f"{name} {value}" for name, value in row["ceilings"].items())
+            return f"ceilings {row['dtype']}: {found}"
+        shape = " ".join(f"{name}={size}" for name, size in row.get("shape", {}).items())
+        case = f"{row['op']} {shape} {row.get('dtype', '')}".strip()
+        head = ""
+        if case != self._case:
+            self._case = case
+            head = f"\n{case}\n  {'mode':8}{'provider':24}{'p20 us':>11}{'p50 us':>11}{'p80 us':>11}"
+            head += f"{'TFLOP/s':>9}{'GB/s':>8}{'% floor':>9}{'MiB':>9}{'ratio':>7}\n"
+        line = f"  {row.get('mode') or '':8}{row['provider']:24}"
+        if row["status"] != rows.MEASURED:
+            return f"{head}{line} {row['status']}: {row['reason']}"
+        line += "".join(f"{row[name]:11.1f}" for name in ("p20_us", "p50_us", "p80_us"))
+        for name, width in (("tflops", 9), ("gb_per_s", 8), ("percent_of_floor", 9), ("peak_mib", 9)):
+            line += f"{'-' if row[name] is None else format(row[name], '.1f'):>{width}}"
+        return f"{head}{line}{'-' if row['ratio'] is None else format(row['ratio'], '.2f'):>7}"

@@ -1,0 +1,68 @@
+"""`embedding_layer_norm`: dropout(LayerNorm(word + token type + position)) for B sequences of L tokens.
+
+Floors: forward reads a word row and writes a row per token; backward reads dy and the word rows again and writes a
+dense gradient of the table [V, C], once. The other tables are small.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .ceilings import DTYPES, Work
+from .harness import Case, Provider
+from .op import OpBenchmark, generator_on, normal
+
+EPS = 1e-12
+
+
+class EmbeddingLayerNormBenchmark(OpBenchmark):
+    op = "embedding_layer_norm"
+
+    def shapes(self, cuda: bool) -> list[dict]:
+        if not cuda:
+            return [{"B": 2, "L": 512, "C": 384, "V": 21128, "dropout": 0.0}]
+        base = {"B": 32, "L": 512, "C": 768, "V": 21128}
+        large = {"B": 32, "L": 512, "C": 1024, "V": 30522}
+        return [{**base, "dropout": 0.1}, {**base, "dropout": 0.0}, {**large, "dropout": 0.1}]
+
+    def flags(self, case: Case) -> dict:
+        return {"eps": EPS, "dropout_p": case["dropout"]}
+
+    def small(self, case: Case) -> Case:
+        return case.but(B=2, L=min(case["L"], 64), V=min(case["V"], 100))
+
+    def inputs(self, case: Case, seed: int) -> dict:
+        generator = generator_on(case.device, seed)
+        tokens, width = (case["B"], case["L"]), case["C"]
+        ids = {"input_ids": case["V"], "token_type_ids": 2, "position_ids": case["L"]}
+        tables = {"word_embeddings": case["V"], "token_type_embeddings": 2, "position_embeddings": case["L"]}
+        found = {name: torch.randint(rows, tokens, generator=generator, device=case.device) for name, rows in ids.items()}
+        found["position_ids"] = torch.arange(case["L"], device=case.device).expand(tokens)
+        found |= {name: normal((rows, width), case, generator) for name, rows in tables.items()}
+        return found | {name: normal((width,), case, generator) for name in ("weight", "bias")}
+
+    def work(self, case: Case, mode: str) -> Work:
+        row = case["C"] * DTYPES[case.dtype].itemsize
+        tokens = case["B"] * case["L"]
+        forward, backward = 2 * tokens * row, (2 * tokens + case["V"]) * row
+        return Work(bytes={"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[mode])
+
+    def peers(self, case: Case) -> list[Provider]:
+        return [Provider("torch", _torch)]
+
+
+def _torch(case: Case) -> Callable:
+    """PyTorch's own pieces: three lookups, layer_norm, dropout."""
+    width, p = (case["C"],), case["dropout"]
+
+    def run(input_ids, token_type_ids, position_ids, weight, bias, **tables):
+        x = F.embedding(input_ids, tables["word_embeddings"])
+        x = x + F.embedding(token_type_ids, tables["token_type_embeddings"])
+        x = x + F.embedding(position_ids, tables["position_embeddings"])
+        return F.dropout(F.layer_norm(x, width, weight, bias, EPS), p)
+
+    return run
+
+
+BENCHMARK = EmbeddingLayerNormBenchmark()

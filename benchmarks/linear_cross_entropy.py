@@ -1,0 +1,71 @@
+"""`linear_cross_entropy`: the mean cross entropy of hidden weight^T + bias.
+
+T rows of C columns, of which a share `labelled` has a label, and a vocabulary of V.
+
+Floors: one product of the labelled rows forward, two backward. fwd+bwd is what training pays: fused forms compute the
+gradients already in the forward.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .ceilings import DTYPES, Work
+from .harness import Case, Provider
+from .op import OpBenchmark, generator_on, imported, normal
+
+IGNORED = -100
+
+
+class LinearCrossEntropyBenchmark(OpBenchmark):
+    op = "linear_cross_entropy"
+    modes = ("fwd", "fwd+bwd")
+    graph = False  # how many rows have a label is known on the device only
+
+    def shapes(self, cuda: bool) -> list[dict]:
+        if not cuda:
+            return [{"T": 1024, "C": 384, "V": 21128, "labelled": 0.15}]
+        base = {"T": 16384, "C": 768, "V": 21128}
+        return [{**base, "labelled": 0.15}, {**base, "labelled": 1.0}, {**base, "V": 30522, "labelled": 0.15}]
+
+    def flags(self, case: Case) -> dict:
+        return {}
+
+    def small(self, case: Case) -> Case:
+        return case.but(T=min(case["T"], 200), V=min(case["V"], 1000))
+
+    def inputs(self, case: Case, seed: int) -> dict:
+        generator = generator_on(case.device, seed)
+        rows, width, vocabulary = case["T"], case["C"], case["V"]
+        labels = torch.randint(vocabulary, (rows,), generator=generator, device=case.device)
+        labels[torch.rand(rows, generator=generator, device=case.device) >= case["labelled"]] = IGNORED
+        weight = normal((vocabulary, width), case, generator).detach().mul_(0.02)
+        return {
+            "hidden": normal((rows, width), case, generator),
+            "weight": weight.requires_grad_(),
+            "bias": normal((vocabulary,), case, generator),
+            "labels": labels,
+        }
+
+    def work(self, case: Case, mode: str) -> Work:
+        rows, width, vocabulary = case["T"] * case["labelled"], case["C"], case["V"]
+        product = 2 * rows * width * vocabulary
+        once = (rows * width + vocabulary * width) * DTYPES[case.dtype].itemsize
+        return Work(flops=product, bytes=once) if mode == "fwd" else Work(flops=3 * product, bytes=2 * once)
+
+    def peers(self, case: Case) -> list[Provider]:
+        return [Provider("torch", _torch), Provider("liger-kernel", _liger, package="liger-kernel", gpu=True)]
+
+
+def _torch(case: Case) -> Callable:
+    """What transformers does: the logits of all rows, then cross_entropy in float32."""
+    return lambda hidden, weight, bias, labels: F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)
+
+
+def _liger(case: Case) -> Callable:
+    loss = imported("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy", "liger-kernel")
+    return lambda hidden, weight, bias, labels: loss(hidden, weight, labels, bias)
+
+
+BENCHMARK = LinearCrossEntropyBenchmark()

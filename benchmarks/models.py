@@ -1,0 +1,261 @@
+"""Whole models, fastbert against transformers: forward, forward and backward, and a training step with AdamW.
+
+Shapes: a `family`, a `part` (masked_lm: labels on 15 % of the tokens; encoder: no head), B sequences of at most L
+tokens, of which `fill` is the mean share (lengths fall evenly from L to (2 fill - 1) L), and the sizes of the model.
+`fastbert` is what `fastbert pretrain` runs: the vocabulary is computed for labelled tokens only. `fastbert-logits`
+returns the logits of all tokens, as transformers does. In 16 bits both train under autocast, parameters in float32.
+
+Before anything is timed, outputs, loss and the norm of the gradient are held to transformers' eager model in float64:
+their error may be twice that of the same model in the dtype that is measured, plus the slack of fastbert.testing. NEZHA
+needs transformers 4.40.2, the last release that had it.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor, nn
+
+import fastbert
+from fastbert.testing import FLOOR, Comparison
+
+from .attention import lengths
+from .ceilings import DTYPES, Work
+from .harness import Benchmark, Case, Missing, Provider, Step
+from .op import compiled
+
+NAMES = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "albert": "Albert",
+    "electra": "Electra",
+    "roformer": "RoFormer",
+    "nezha": "Nezha",
+}
+LABELLED = 0.15
+CPU_SIZES = {"layers": 4, "hidden": 384, "heads": 6, "vocab": 21128}
+BASE = {"layers": 12, "hidden": 768, "heads": 12, "vocab": 21128}
+LARGE = {"layers": 24, "hidden": 1024, "heads": 16, "vocab": 30522}
+
+
+@dataclass(eq=False)
+class Runnable:
+    """A model and how it is called; its optimizer is made when it is first asked for."""
+
+    model: nn.Module
+    case: Case
+    options: dict = field(default_factory=dict)
+    call: Callable | None = None  # the model, compiled perhaps
+
+    def __post_init__(self):
+        self.call = self.call or self.model
+        self.model.train(self.case["dropout"] > 0)
+
+    def output(self, batch: dict):
+        dtype = DTYPES[self.case.dtype]
+        kind = "cuda" if self.case.cuda else "cpu"
+        narrow = dtype.itemsize == 2 and next(self.model.parameters()).dtype == torch.float32
+        with torch.autocast(kind, dtype) if narrow else contextlib.nullcontext():
+            return self.call(**batch, **self.options)
+
+    def loss(self, inputs: dict) -> Tensor:
+        output = self.output(self.batch(inputs))
+        return (output.last_hidden_state * inputs["probe"]).sum() if self.case["part"] == "encoder" else output.loss
+
+    def batch(self, inputs: dict) -> dict:
+        """What the model takes of the inputs."""
+        besides = ("probe", "labels") if self.case["part"] == "encoder" else ("probe",)
+        return {name: t for name, t in inputs.items() if name not in besides}
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+
+
+class ModelBenchmark(Benchmark):
+    op = "model"
+    modes = ("fwd", "fwd+bwd", "step")
+    graph = False  # as users run them
+
+    def shapes(self, cuda: bool) -> list[dict]:
+        batch = {"B": 32, "L": 512} if cuda else {"B": 2, "L": 512}
+        sizes = BASE if cuda else CPU_SIZES
+        return [
+            {"family": family, "part": part, **batch, **sizes, "dropout": 0.0, "fill": fill}
+            for part in ("masked_lm", "encoder")
+            for family in ("bert", "albert", "roformer", "nezha", "roberta", "electra")
+            for fill in (1.0, 0.5)
+        ]
+
+    def dtypes(self, cuda: bool):
+        return ("bf16", "fp16") if cuda else ("fp32",)
+
+    def inputs(self, case: Case, seed: int) -> dict:
+        """A padded batch: input_ids, attention_mask, labels, and the probe of the encoder's loss."""
+        generator = torch.Generator(case.device).manual_seed(seed)
+        on = {"generator": generator, "device": case.device}
+        shape = (case["B"], case["L"])
+        real = torch.arange(case["L"], device=case.device) < torch.tensor(lengths(case), device=case.device)[:, None]
+        padding = 1 if case["family"] == "roberta" else 0
+        ids = torch.randint(5, case["vocab"], shape, **on).where(real, padding)
+        labels = ids.where(real & (torch.rand(shape, **on) < LABELLED), -100)
+        probe = torch.randn(*shape, case["hidden"], **on) * real[..., None]
+        return {"input_ids": ids, "attention_mask": real.long(), "labels": labels, "probe": probe}
+
+    def providers(self, case: Case) -> list[Provider]:
+        found = [Provider("fastbert", partial(self._ours, case["part"] == "encoder"))]
+        if case["part"] == "masked_lm":
+            found.append(Provider("fastbert-logits", partial(self._ours, True)))
+        found += [
+            Provider(f"transformers-{form}", partial(self._theirs, form), package="transformers")
+            for form in ("eager", "sdpa")
+        ]
+        return [*found, Provider("transformers-compiled", self._compiled, package="transformers", gpu=True)]
+
+    def _ours(self, logits: bool, case: Case) -> Runnable:
+        with tempfile.TemporaryDirectory() as folder:
+            transformers_model(case, "eager").save_pretrained(folder)
+            model = getattr(fastbert, class_name(case)).from_pretrained(folder, device=case.device)
+        return Runnable(self.prepared(model, case), case, {} if logits else {"return_logits": False})
+
+    def _theirs(self, form: str, case: Case) -> Runnable:
+        return Runnable(self.prepared(transformers_model(case, form), case).to(case.device), case)
+
+    def _compiled(self, case: Case) -> Runnable:
+        form = "sdpa" if _has_sdpa(case) else "eager"
+        model = self.prepared(transformers_model(case, form), case).to(case.device)
+        return Runnable(model, case, call=compiled(model))
+
+    def prepared(self, model: nn.Module, case: Case) -> nn.Module:
+        return model
+
+    def check(self, provider: Provider, case: Case) -> str:
+        small = case.but(B=2, L=min(case["L"], 128), layers=min(case["layers"], 2), dropout=0.0)
+        inputs = self.inputs(small, seed=1)
+        wide = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+        truth = _found(Runnable(transformers_model(small, "eager").double().to(case.device), small), wide)
+        yardstick = _found(self._theirs("eager", small), inputs)
+        result = _found(provider.make(small), provider.arrange(inputs))
+        dtype = DTYPES[case.dtype]
+        rows = []
+        for name in result:
+            want = truth[name].double()
+            error, slack = ((t[name].double() - want).abs().max().item() for t in (result, yardstick))
+            room = FLOOR[dtype] * torch.finfo(dtype).eps * max(1.0, want.abs().max().item())
+            rows.append(Comparison(name, error, slack, 2 * slack + room))
+        if not all(row.ok for row in rows):
+            raise AssertionError("; ".join(map(str, rows)))
+        largest = max(row.error / row.bound for row in rows)
+        return f"{', '.join(row.name for row in rows)}: at most {largest:.2f} of the bound at {small}"
+
+    def step(self, op: Runnable, inputs: dict, mode: str) -> Step:
+        if mode == "fwd":
+            batch = op.batch(inputs)
+            return torch.no_grad()(lambda: op.output(batch))
+
+        def forward_and_backward() -> None:
+            op.model.zero_grad(set_to_none=True)
+            op.loss(inputs).backward()
+
+        def training_step() -> None:
+            forward_and_backward()
+            op.optimizer.step()
+
+        return forward_and_backward if mode == "fwd+bwd" else training_step
+
+    def work(self, case: Case, mode: str) -> Work:
+        """Products of the layers and of the head on labelled rows; backward twice that; every weight is read once."""
+        config = fastbert_config(case)
+        tokens, width = sum(lengths(case)), case["hidden"]
+        inner = config.intermediate_size
+        per_layer = 2 * tokens * width * (4 * width + 2 * inner) + 4 * sum(n * n for n in lengths(case)) * width
+        flops = case["layers"] * per_layer
+        if case["part"] == "masked_lm":
+            flops += 2 * LABELLED * tokens * (config.embedding_size or width) * (width + case["vocab"])
+        weights = parameters(case) * DTYPES[case.dtype].itemsize
+        return Work(flops, weights) if mode == "fwd" else Work(3 * flops, 2 * weights)
+
+    def figures(self, case: Case, mode: str, p50_us: float) -> dict[str, float]:
+        """Real tokens per second."""
+        return {"tokens_per_s": 1e6 * sum(lengths(case)) / p50_us}
+
+
+def _found(runnable: Runnable, inputs: dict) -> dict[str, Tensor]:
+    """Loss, the outputs of the real rows, and the norm of all gradients together; a tied tensor counts once."""
+    loss = runnable.loss(inputs)
+    loss.backward()
+    gradients = [p.grad.double().square().sum() for p in runnable.model.parameters() if p.grad is not None]
+    found = {"loss": loss.detach(), "gradient norm": torch.stack(gradients).sum().sqrt()}
+    if "attention_mask" in inputs and runnable.options.get("return_logits", True):
+        with torch.no_grad():
+            batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            found["output"] = runnable.output(batch)[0][inputs["attention_mask"].bool()]
+    return found
+
+
+def class_name(case: Case) -> str:
+    return NAMES[case["family"]] + ("ForMaskedLM" if case["part"] == "masked_lm" else "Model")
+
+
+def transformers_config(case: Case) -> dict:
+    """The transformers config of a case; what the sizes do not say has the family's usual value."""
+    family = case["family"]
+    config = {
+        "vocab_size": case["vocab"],
+        "hidden_size": case["hidden"],
+        "num_hidden_layers": case["layers"],
+        "num_attention_heads": case["heads"],
+        "intermediate_size": 4 * case["hidden"],
+        "max_position_embeddings": max(512, case["L"]) + 2,  # RoBERTa's positions begin at 2
+        "hidden_dropout_prob": case["dropout"],
+        "attention_probs_dropout_prob": case["dropout"],
+        "hidden_act": "gelu_new" if family == "albert" else "gelu",
+    }
+    if family == "roberta":
+        config |= {"type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5}
+    if family in ("albert", "electra"):
+        config["embedding_size"] = 128
+    if family == "nezha":
+        config["max_relative_position"] = 64
+    return config
+
+
+def transformers_class(case: Case):
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise Missing("transformers is not installed") from None
+    transformers.utils.logging.disable_progress_bar()
+    if not hasattr(transformers, class_name(case)):
+        raise Missing(f"transformers {transformers.__version__} has no {class_name(case)}")
+    return getattr(transformers, class_name(case))
+
+
+def transformers_model(case: Case, attention: str) -> nn.Module:
+    """A transformers model with random weights, the same for every form of attention."""
+    model_class = transformers_class(case)
+    if attention == "sdpa" and not _has_sdpa(case):
+        raise Missing(f"transformers has no SDPA for {class_name(case)}")
+    config = model_class.config_class(**transformers_config(case))
+    torch.manual_seed(0)
+    return model_class._from_config(config, attn_implementation=attention)
+
+
+def _has_sdpa(case: Case) -> bool:
+    return getattr(transformers_class(case), "_supports_sdpa", False)
+
+
+def fastbert_config(case: Case) -> "fastbert.EncoderConfig":
+    return fastbert.EncoderConfig(case["family"], **transformers_config(case))
+
+
+def parameters(case: Case) -> int:
+    task = "masked_lm" if case["part"] == "masked_lm" else "model"
+    with torch.device("meta"):
+        return fastbert.model_class(case["family"], task)(fastbert_config(case)).num_parameters()
+
+
+BENCHMARK = ModelBenchmark()

@@ -1,0 +1,99 @@
+"""How an op of fastbert.ops is measured: fresh tensors, compare(), forward and backward through autograd.
+
+A file per op adds its shapes, its inputs, what work it is, and the peers that users would pick otherwise.
+"""
+
+import importlib
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastbert import ops, reference
+from fastbert.testing import compare
+
+from .ceilings import DTYPES
+from .harness import Benchmark, Case, Missing, Provider, Step
+
+
+class OpBenchmark(Benchmark):
+    """One op: our backends, the reference as it is (eager) and through torch.compile (compiled), and peers."""
+
+    modes = ("fwd", "bwd", "fwd+bwd")
+    backends = ("triton", "torch")
+
+    @abstractmethod
+    def flags(self, case: Case) -> dict:
+        """The arguments that are not tensors, for ours and for the reference."""
+
+    def small(self, case: Case) -> Case:
+        """The case on which a provider is checked against float64: as the real one, of fewer rows."""
+        return case
+
+    def peers(self, case: Case) -> list[Provider]:
+        return []
+
+    def providers(self, case: Case) -> list[Provider]:
+        ours = [Provider(f"fastbert-{name}", partial(self._ours, name)) for name in self.backends]
+        return [*ours, Provider("eager", self._eager), Provider("compiled", self._compiled), *self.peers(case)]
+
+    def _ours(self, backend: str, case: Case) -> Callable:
+        return partial(getattr(ops, self.op), **self.flags(case), backend=backend)
+
+    def _eager(self, case: Case) -> Callable:
+        return partial(getattr(reference, self.op), **self.flags(case))
+
+    def _compiled(self, case: Case) -> Callable:
+        return compiled(self._eager(case))
+
+    def check(self, provider: Provider, case: Case) -> str:
+        """compare() against the reference. Dropout is exact for ours, which draw the reference's mask from a seed;
+        others have generators of their own and are checked without it."""
+        small, seed = self.small(case), {}
+        if case.shape.get("dropout"):
+            small, seed = (small, {"seed": 1}) if provider.ours else (small.but(dropout=0.0), {})
+        inputs = provider.arrange(self.inputs(small, seed=1))
+        truth = partial(getattr(reference, self.op), **self.flags(small), **seed)
+        rows = compare(partial(provider.make(small), **seed), truth, inputs)
+        largest = max(row.error / row.bound for row in rows)
+        return f"{', '.join(row.name for row in rows)}: at most {largest:.2f} of the bound at {small}"
+
+    def step(self, op: Callable, inputs: dict, mode: str) -> Step:
+        return autograd_step(op, inputs, mode)
+
+
+def autograd_step(op: Callable, inputs: dict, mode: str) -> Step:
+    """A function that runs the op (fwd), its backward alone (bwd), or both, for fixed random output gradients."""
+    if mode == "fwd":
+        return torch.no_grad()(lambda: op(**inputs))
+    leaves = [t for t in inputs.values() if isinstance(t, Tensor) and t.requires_grad]
+    y = op(**inputs)
+    dy = torch.randn_like(y)
+    if mode == "bwd":
+        return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    return lambda: torch.autograd.grad(op(**inputs), leaves, dy)
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile for exactly the shapes that come, without what was compiled before."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def imported(module: str, name: str, package: str) -> Callable:
+    """`name` of a peer's module; Missing if it is not installed."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise Missing(f"{package} is not installed (no module {error.name})") from None
+
+
+def normal(shape: tuple[int, ...], case: Case, generator: torch.Generator) -> Tensor:
+    """Normal numbers in the dtype of the case, on the generator's device, that require gradients."""
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=DTYPES[case.dtype]).requires_grad_()
+
+
+def generator_on(device: str, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)

@@ -1,0 +1,47 @@
+"""`relative_attention`: clipped sinusoids of the distance on keys and values, as in NEZHA.
+
+No library has a fused kernel. The peers are the materialised form, eager (the reference) and through torch.compile; no
+attention that only changes scores can express the value side, and rows say so. `sdpa-plain` is not a rival but a
+measure: attention of the same shape without relative positions, hence not comparable.
+"""
+
+from functools import partial
+
+from torch.nn.attention import SDPBackend
+
+from .attention import AttentionBenchmark, lengths, padded
+from .harness import Case, Missing, Provider
+
+
+class RelativeAttentionBenchmark(AttentionBenchmark):
+    op = "relative_attention"
+
+    def shapes(self, cuda: bool) -> list[dict]:
+        return [shape | {"R": 64} for shape in super().shapes(cuda)]
+
+    def flags(self, case: Case) -> dict:
+        return super().flags(case) | {"max_relative_position": case["R"]}
+
+    def extra_flops(self, case: Case, mode: str) -> float:
+        """Inside the band |j - i| < R: a second product for scores and for values; backward, three more."""
+        pairs = case["H"] * sum(band(n, case["R"]) for n in lengths(case))
+        return 2 * {"fwd": 2, "bwd": 3, "fwd+bwd": 5}[mode] * pairs * case["D"]
+
+    def peers(self, case: Case) -> list[Provider]:
+        found = [Provider(name, _cannot) for name in ("flex", "flash-attn-4")]
+        arrange = {"arrange": padded} if case["fill"] < 1 else {}
+        flash = partial(self._sdpa, SDPBackend.FLASH_ATTENTION)
+        return [*found, Provider("sdpa-plain", flash, comparable=False, **arrange)]
+
+
+def band(length: int, reach: int) -> int:
+    """Pairs (i, j) of a sequence with |j - i| < reach."""
+    outside = max(0, length - reach)
+    return length * length - outside * (outside + 1)
+
+
+def _cannot(case: Case):
+    raise Missing("cannot express the relative term of the values")
+
+
+BENCHMARK = RelativeAttentionBenchmark()

@@ -1,0 +1,45 @@
+"""A pretraining step: forward, backward and AdamW of a masked language model with dropout, without padding.
+
+fastbert gets packed rows, as its loader makes them; transformers the padded batch that its users have. tokens_per_s
+counts real tokens.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from .harness import Case, Provider
+from .models import BASE, CPU_SIZES, LARGE, ModelBenchmark
+
+
+class TrainStepBenchmark(ModelBenchmark):
+    op = "train_step"
+    modes = ("step",)
+
+    def shapes(self, cuda: bool) -> list[dict]:
+        families = ("bert", "roformer", "nezha", "albert", "electra", "roberta")
+        if not cuda:
+            return [self._shape(family, 2, 128, CPU_SIZES, 0.75) for family in families[:2]]
+        base = [self._shape(family, 32, 512, BASE, fill) for fill in (1.0, 0.5) for family in families]
+        return [base[0], self._shape("bert", 32, 512, LARGE, 0.5), *base[1:]]
+
+    @staticmethod
+    def _shape(family: str, batch: int, length: int, sizes: dict, fill: float) -> dict:
+        batch_sizes = {"B": batch, "L": length}
+        return {"family": family, "part": "masked_lm", **batch_sizes, **sizes, "dropout": 0.1, "fill": fill}
+
+    def providers(self, case: Case) -> list[Provider]:
+        found = super().providers(case)
+        return [replace(p, arrange=packed) if p.name == "fastbert" else p for p in found if p.name != "fastbert-logits"]
+
+
+def packed(inputs: dict) -> dict:
+    """The real tokens of a padded batch, end to end."""
+    real = inputs["attention_mask"].bool()
+    lengths = real.sum(1)
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    rows = {name: inputs[name][real] for name in ("input_ids", "labels", "probe")}
+    return rows | {"cu_seqlens": ends, "max_seqlen": int(lengths.max())}
+
+
+BENCHMARK = TrainStepBenchmark()
