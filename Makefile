@@ -1,7 +1,8 @@
 # make demo, make test, make bench, make lint: each sets up .venv with what it needs and runs. A second call skips what
 # is done.
 #   make demo ARGS="--variant nezha"    make test ARGS="-k attention"    make test PYTHON=python3.12
-#   make bench ARGS="rotary_attention --first 1"
+#   make bench ARGS="rotary_attention --cases :1"
+#   make gpu SLICE=correctness    make gpu SLICE=attention PYTHON=/path/to/python    (see benchmarks/gpu.sh)
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -9,7 +10,7 @@ ARGS ?=
 PIP = $(VENV)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES = pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench gpu lint clean
 
 # OpenMP threads that wait spin for milliseconds by default: where another process has one of the cores, a step of this
 # small model then takes 30 times as long.
@@ -21,6 +22,11 @@ test: $(VENV)/.extra-test
 
 bench: $(VENV)/.extra-bench
 	$(VENV)/bin/fastbert bench $(ARGS)
+
+# Uses PYTHON's own environment instead: what a GPU needs cannot always be fetched. benchmarks/gpu.sh says what it reads.
+gpu:
+	PYTHON="$(PYTHON)" SLICE="$(SLICE)" DEVICE="$(DEVICE)" OUT="$(OUT)" MINUTES="$(MINUTES)" ARGS="$(ARGS)" \
+	    bash benchmarks/gpu.sh
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .

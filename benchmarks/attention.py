@@ -23,6 +23,7 @@ Operands = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 class AttentionBenchmark(OpBenchmark):
     op = "attention"
+    tiny = {"B": 1, "L": 64, "H": 1}
 
     def shapes(self, cuda: bool) -> list[dict]:
         if not cuda:

@@ -3,6 +3,8 @@
 Floors: forward reads x and writes y; backward reads dy and x and writes dx; training keeps x.
 """
 
+from itertools import product
+
 from .ceilings import DTYPES, Work
 from .harness import Case
 from .op import OpBenchmark, generator_on, normal
@@ -10,6 +12,15 @@ from .op import OpBenchmark, generator_on, normal
 
 class BiasGeluBenchmark(OpBenchmark):
     op = "bias_gelu"
+    tiny = {"T": 8, "I": 512}
+    sweep = (
+        "gelu",
+        [
+            {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps}
+            for m, n, warps in product((1, 2, 4, 8), (256, 512, 1024), (2, 4, 8))
+            if m * n <= 64 * 32 * warps
+        ],
+    )
 
     def shapes(self, cuda: bool) -> list[dict]:
         rows = [(16384, 3072), (4096, 3072), (32768, 3072), (16384, 4096)] if cuda else [(1024, 1536)]

@@ -3,6 +3,7 @@
     fastbert bench                                     every op; without a GPU small shapes on the CPU
     fastbert bench rotary_attention --dtypes bf16      one op
     fastbert bench attention --shape B=8 L=1024 D=128  your own shape; sizes that are not named stay as they are
+    fastbert bench bias_gelu --sweep --modes fwd       a kernel's possible launch configurations, against each other
     fastbert bench --list                              ops, their shapes and who is compared
     fastbert bench report                              tables and plots from the rows; see fastbert bench report --help
     fastbert bench static                              what the compiler says, without a GPU; see ... static --help
@@ -27,6 +28,7 @@ from fastbert.errors import ConfigError, FastBertError
 from . import rows
 from .ceilings import DTYPES
 from .harness import OURS, Benchmark, Case, Runner, Settings
+from .sweep import Sweep
 
 OPS = (
     "attention",
@@ -72,7 +74,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--modes", nargs="+", choices=("fwd", "bwd", "fwd+bwd", "step"), help="default: all")
     parser.add_argument("--providers", nargs="+", metavar="NAME", help="names or their beginnings; default: all")
     parser.add_argument("--shape", nargs="+", type=_size, metavar="SIZE=N", help="in place of the first shape's sizes")
-    parser.add_argument("--first", type=int, metavar="N", help="only the first N cases: the most telling ones")
+    parser.add_argument("--tiny", action="store_true", help="one small shape: a rehearsal, for Triton's interpreter")
+    parser.add_argument("--cases", type=_range, metavar="A:B", help="only cases A to B - 1; the first tell the most")
+    parser.add_argument("--sweep", action="store_true", help="time what a kernel's launch_config could answer")
     parser.add_argument("--rounds", type=int, help="turns of each provider; default: 50, on a CPU 10")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after this time")
     parser.add_argument("--threads", type=int, help="CPU threads; default: as PyTorch decides")
@@ -92,18 +96,27 @@ def _size(text: str) -> tuple[str, int | float | str]:
     return name, value
 
 
+def _range(text: str) -> slice:
+    first, colon, last = text.partition(":")
+    try:
+        return slice(int(first or 0), int(last) if last else None) if colon else slice(int(first), int(first) + 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not A:B, such as :4 or 4:") from None
+
+
 def cases(benchmark: Benchmark, options: argparse.Namespace, device: str, cuda: bool) -> list[Case]:
     """What is measured, in order: every shape in 16 bits, then the first one in float32."""
     shapes = benchmark.shapes(cuda)
-    if options.shape:
-        unknown = sorted(set(dict(options.shape)) - set(shapes[0]))
-        if unknown:
-            raise ConfigError(f"--shape: {benchmark.op} has no {', '.join(unknown)}, but {', '.join(shapes[0])}")
-        shapes = [{**shapes[0], **dict(options.shape)}]
+    own = (benchmark.tiny if options.tiny else {}) | dict(options.shape or ())
+    unknown = sorted(set(own) - set(shapes[0]))
+    if unknown:
+        raise ConfigError(f"--shape: {benchmark.op} has no {', '.join(unknown)}, but {', '.join(shapes[0])}")
+    if own:
+        shapes = [{**shapes[0], **own}]
     dtypes = options.dtypes or benchmark.dtypes(cuda)
     narrow = [Case(shape, dtype, device) for shape in shapes for dtype in dtypes if dtype != "fp32"]
     wide = [Case(shape, "fp32", device) for shape in (shapes[:1] if narrow else shapes) if "fp32" in dtypes]
-    return (narrow + wide)[: options.first]
+    return (narrow + wide)[options.cases or slice(None)]
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -112,6 +125,8 @@ def _bench(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     chosen = {name: load(name) for name in options.names or OPS}
+    if options.sweep:
+        chosen = {name: Sweep(benchmark) for name, benchmark in chosen.items()}
     todo = {name: cases(benchmark, options, device, cuda) for name, benchmark in chosen.items()}
     if options.list:
         for name, benchmark in chosen.items():
@@ -136,6 +151,8 @@ def _bench(options: argparse.Namespace) -> int:
                 rows.write(options.out, [row])
             bar.write(table.lines(row))
             wrong += row["status"] in (rows.WRONG, rows.FAILED) and row["provider"].startswith(OURS)
+    if options.sweep:
+        print(table.fastest())
     if wrong:
         print(f"{wrong} of fastbert's own rows are wrong or failed: see above", file=sys.stderr)
     return 1 if wrong else 0
@@ -164,6 +181,7 @@ class Table:
 
     def __init__(self):
         self._case = None
+        self._fastest: dict[tuple, dict] = {}
 
     def lines(self, row: dict) -> str:
         if row["op"] == "ceilings":
@@ -179,7 +197,16 @@ class Table:
         line = f"  {row.get('mode') or '':8}{row['provider']:24}"
         if row["status"] != rows.MEASURED:
             return f"{head}{line} {row['status']}: {row['reason']}"
+        best = self._fastest.setdefault((case, row["mode"]), row)
+        if row["p50_us"] < best["p50_us"]:
+            self._fastest[case, row["mode"]] = row
         line += "".join(f"{row[name]:11.1f}" for name in ("p20_us", "p50_us", "p80_us"))
         for name, width in (("tflops", 9), ("gb_per_s", 8), ("percent_of_floor", 9), ("peak_mib", 9)):
             line += f"{'-' if row[name] is None else format(row[name], '.1f'):>{width}}"
         return f"{head}{line}{'-' if row['ratio'] is None else format(row['ratio'], '.2f'):>7}"
+
+    def fastest(self) -> str:
+        """The fastest provider of every case and mode so far."""
+        rows = self._fastest.items()
+        found = (f"  {case} {mode}: {row['provider']}, {row['p50_us']:.1f} us" for (case, mode), row in rows)
+        return "\nfastest:\n" + "\n".join(found)

@@ -16,6 +16,7 @@ EPS = 1e-12
 
 class DropoutAddLayerNormBenchmark(OpBenchmark):
     op = "dropout_add_layer_norm"
+    tiny = {"T": 8, "C": 64}
 
     def shapes(self, cuda: bool) -> list[dict]:
         rows = [(16384, 768), (16384, 1024), (4096, 768)] if cuda else [(1024, 384)]

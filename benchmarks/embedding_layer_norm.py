@@ -18,6 +18,7 @@ EPS = 1e-12
 
 class EmbeddingLayerNormBenchmark(OpBenchmark):
     op = "embedding_layer_norm"
+    tiny = {"L": 16, "C": 64, "V": 100}
 
     def shapes(self, cuda: bool) -> list[dict]:
         if not cuda:
@@ -37,7 +38,8 @@ class EmbeddingLayerNormBenchmark(OpBenchmark):
         tokens, width = (case["B"], case["L"]), case["C"]
         ids = {"input_ids": case["V"], "token_type_ids": 2, "position_ids": case["L"]}
         tables = {"word_embeddings": case["V"], "token_type_embeddings": 2, "position_embeddings": case["L"]}
-        found = {name: torch.randint(rows, tokens, generator=generator, device=case.device) for name, rows in ids.items()}
+        on = {"generator": generator, "device": case.device}
+        found = {name: torch.randint(rows, tokens, **on) for name, rows in ids.items()}
         found["position_ids"] = torch.arange(case["L"], device=case.device).expand(tokens)
         found |= {name: normal((rows, width), case, generator) for name, rows in tables.items()}
         return found | {name: normal((width,), case, generator) for name in ("weight", "bias")}

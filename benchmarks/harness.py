@@ -97,6 +97,8 @@ class Benchmark(ABC):
 
     op: str
     modes: tuple[str, ...]
+    tiny: dict  # sizes for a rehearsal that an interpreter can do in seconds
+    sweep: tuple[str, list[dict]] | None = None  # a file of kernels/, and what its launch_config could answer
     graph = True  # whether steps are replayed as CUDA graphs; False: launched from Python, as users launch them
 
     @abstractmethod

@@ -26,10 +26,14 @@ BYTES_PER_PARAMETER = 28
 class LambBenchmark(Benchmark):
     op = "lamb"
     modes = ("step",)
+    tiny = {"preset": "albert-tiny-chinese"}
 
     def shapes(self, cuda: bool) -> list[dict]:
         presets = ["bert-base-chinese", "albert-base-v2", "bert-large-uncased"] if cuda else ["albert-base-v2"]
-        return [{"preset": preset, "parameters": sum(s.numel() for s in sizes(preset))} for preset in presets]
+        return [{"preset": preset} for preset in presets]
+
+    def dtypes(self, cuda: bool):
+        return ("fp32",)
 
     def inputs(self, case: Case, seed: int) -> dict:
         """The four lists, as a run in its tenth step would have them."""
@@ -63,7 +67,10 @@ class LambBenchmark(Benchmark):
         return lambda: op(**inputs)
 
     def work(self, case: Case, mode: str) -> Work:
-        return Work(bytes=BYTES_PER_PARAMETER * case["parameters"])
+        return Work(bytes=BYTES_PER_PARAMETER * parameters(case))
+
+    def figures(self, case: Case, mode: str, p50_us: float) -> dict[str, float]:
+        return {"parameters_per_s": 1e6 * parameters(case) / p50_us}
 
 
 def sizes(preset: str) -> list[torch.Size]:
@@ -72,6 +79,10 @@ def sizes(preset: str) -> list[torch.Size]:
     with torch.device("meta"):
         model = fastbert.model_class(config.model_type, "masked_lm")(config)
     return [parameter.shape for parameter in model.parameters()]
+
+
+def parameters(case: Case) -> int:
+    return sum(size.numel() for size in sizes(case["preset"]))
 
 
 def make_lists(shapes: list[torch.Size], device: str, seed: int) -> dict[str, list[Tensor]]:

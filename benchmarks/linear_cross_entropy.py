@@ -20,6 +20,7 @@ IGNORED = -100
 
 class LinearCrossEntropyBenchmark(OpBenchmark):
     op = "linear_cross_entropy"
+    tiny = {"T": 16, "C": 64, "V": 100}
     modes = ("fwd", "fwd+bwd")
     graph = False  # how many rows have a label is known on the device only
 

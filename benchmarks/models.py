@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import fastbert
+from fastbert.errors import ConfigError
 from fastbert.testing import FLOOR, Comparison
 
 from .attention import lengths
@@ -78,6 +79,7 @@ class Runnable:
 class ModelBenchmark(Benchmark):
     op = "model"
     modes = ("fwd", "fwd+bwd", "step")
+    tiny = {"L": 32, "layers": 1, "hidden": 64, "heads": 2, "vocab": 200}
     graph = False  # as users run them
 
     def shapes(self, cuda: bool) -> list[dict]:
@@ -106,6 +108,10 @@ class ModelBenchmark(Benchmark):
         return {"input_ids": ids, "attention_mask": real.long(), "labels": labels, "probe": probe}
 
     def providers(self, case: Case) -> list[Provider]:
+        if case["family"] not in NAMES:
+            raise ConfigError(f"family: got {case['family']!r}, expected one of {', '.join(NAMES)}")
+        if case["part"] not in ("masked_lm", "encoder"):
+            raise ConfigError(f"part: got {case['part']!r}, expected masked_lm or encoder")
         found = [Provider("fastbert", partial(self._ours, case["part"] == "encoder"))]
         if case["part"] == "masked_lm":
             found.append(Provider("fastbert-logits", partial(self._ours, True)))

@@ -1,13 +1,15 @@
 """`relative_attention`: clipped sinusoids of the distance on keys and values, as in NEZHA.
 
 No library has a fused kernel. The peers are the materialised form, eager (the reference) and through torch.compile; no
-attention that only changes scores can express the value side, and rows say so. `sdpa-plain` is not a rival but a
-measure: attention of the same shape without relative positions, hence not comparable.
+attention that only changes scores can express the value side, and rows say so. Not rivals but measures, hence not
+comparable: `sdpa-plain`, attention of the same shape without positions, and `rotary`, our own rotary_attention.
 """
 
 from functools import partial
 
 from torch.nn.attention import SDPBackend
+
+from fastbert import ops
 
 from .attention import AttentionBenchmark, lengths, padded
 from .harness import Case, Missing, Provider
@@ -31,7 +33,9 @@ class RelativeAttentionBenchmark(AttentionBenchmark):
         found = [Provider(name, _cannot) for name in ("flex", "flash-attn-4")]
         arrange = {"arrange": padded} if case["fill"] < 1 else {}
         flash = partial(self._sdpa, SDPBackend.FLASH_ATTENTION)
-        return [*found, Provider("sdpa-plain", flash, comparable=False, **arrange)]
+        rotary = partial(ops.rotary_attention, dropout_p=case["dropout"])
+        measures = [Provider("sdpa-plain", flash, comparable=False, **arrange)]
+        return [*found, *measures, Provider("rotary", lambda case: rotary, comparable=False)]
 
 
 def band(length: int, reach: int) -> int:

@@ -16,9 +16,10 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # ci draws the same examples on every run, so a failure belongs to the change that shows it; HYPOTHESIS_PROFILE=long
-# goes looking for new ones.
+# goes looking for new ones; sanitize is for tools that make every launch a hundred times slower.
 settings.register_profile("ci", max_examples=25, deadline=None, print_blob=True, derandomize=True, database=None)
 settings.register_profile("long", max_examples=500, deadline=None, print_blob=True)
+settings.register_profile("sanitize", max_examples=2, deadline=None, print_blob=True, derandomize=True, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 torch.set_num_threads(min(2, torch.get_num_threads()))

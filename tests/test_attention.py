@@ -16,6 +16,7 @@ from fastbert.testing import compare, make_inputs
 NAMES = ["attention", "rotary_attention", "relative_attention"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+pytestmark = pytest.mark.gpu
 NAN = float("nan")
 
 every_op = pytest.mark.parametrize("name", NAMES)

@@ -35,10 +35,11 @@ DEFAULTS = {
 # Sizes of the tensors of a group: empty, scalar, around the vector width and around a chunk.
 GROUPS = [[1], [0, 5, 0], [15, 16, 17], [CHUNK - 1, 3], [CHUNK, CHUNK + 1], [3 * CHUNK + 7, 1, 100]]
 
+pytestmark = [pytest.mark.gpu]
 try:
     import fastbert._C  # noqa: F401
 except ImportError as error:
-    pytestmark = pytest.mark.skip(reason=f"the compiled part is not built ({error})")
+    pytestmark.append(pytest.mark.skip(reason=f"the compiled part is not built ({error})"))
     DEVICES = []
 else:
     has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("fastbert::lamb_", "CUDA") and torch.cuda.is_available()

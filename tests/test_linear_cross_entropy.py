@@ -14,6 +14,7 @@ from fastbert.ops import linear_cross_entropy
 from fastbert.testing import compare
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+pytestmark = pytest.mark.gpu
 BACKENDS = ["torch", "reference"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# make gpu: installs this checkout into PYTHON's environment without a network (PyTorch, nvcc and the other dependencies
+# are there already), builds the extension, and runs the slice SLICE: see `python -m benchmarks.slices --help`.
+#
+#   PYTHON   python3     the interpreter that has PyTorch
+#   SLICE    all         names of slices, or all
+#   DEVICE   cuda        cpu: a rehearsal with tiny shapes and Triton's interpreter
+#   OUT      benchmarks/results (with DEVICE=cpu: build/rehearsal), where rows are added to <device>.jsonl
+#   MINUTES  8           for each slice
+#   ARGS                 words for every step: of pytest in correctness and sanitize, else of `fastbert bench`
+set -eu
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+SLICE=${SLICE:-all}
+DEVICE=${DEVICE:-cuda}
+MINUTES=${MINUTES:-8}
+ARGS=${ARGS:-}
+if [ "$DEVICE" = cpu ]; then OUT=${OUT:-build/rehearsal}; else OUT=${OUT:-benchmarks/results}; fi
+if [ "$SLICE" = all ]; then SLICE=; fi
+
+# Again only if something that it compiles has changed since, or another PyTorch is to run it.
+stamp=build/gpu-installed
+torch=$("$PYTHON" -c 'import sys, torch; print(sys.executable, torch.__version__, torch.__file__)')
+if [ "$(cat "$stamp" 2>/dev/null)" != "$torch" ] || [ -n "$(find csrc setup.py pyproject.toml -newer "$stamp")" ]; then
+    echo "installing into $("$PYTHON" -c 'import sys; print(sys.prefix)') and compiling: some minutes with nvcc"
+    "$PYTHON" -m pip --disable-pip-version-check install --no-index --no-build-isolation --check-build-dependencies --no-deps --editable .
+    mkdir -p build
+    echo "$torch" >"$stamp"
+fi
+exec "$PYTHON" -m benchmarks.slices $SLICE --device "$DEVICE" --minutes "$MINUTES" --out "$OUT" -- $ARGS

@@ -1,0 +1,226 @@
+"""`make gpu SLICE=NAME`: what a GPU is needed for, in slices that each fit in some minutes.
+
+    python -m benchmarks.slices correctness            every test that needs a GPU
+    python -m benchmarks.slices attention relative     measurements; rows go to --out as they are made
+    python -m benchmarks.slices --list                 what each slice runs
+    python -m benchmarks.slices --device cpu layer     a rehearsal without a GPU: tiny shapes, Triton interpreted
+
+Inside a slice the most valuable comes first. Every step is a process of its own, so that one that breaks the GPU's
+context, or runs out of its time, takes no other with it; what it measured until then is written. Words after -- go to
+every step: to pytest in the slices correctness and sanitize, to `fastbert bench` in the others.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+
+from . import rows
+from .harness import OURS
+
+ROOT = rows.FOLDER.parent
+NO_TEST = "exit code 5"  # pytest's, where the words after -- choose none of a file
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
+# What each measuring slice gives to `fastbert bench`, in order.
+MEASURING = {
+    "attention": [
+        "rotary_attention --cases :6",
+        "attention --cases :6",
+        "rotary_attention --cases 6:",
+        "attention --cases 6:",
+    ],
+    "relative": ["relative_attention"],
+    "lamb": ["lamb"],
+    "shared": [
+        "train_step --shape family=albert",
+        "train_step --shape family=bert",
+        "models --shape family=albert part=encoder",
+        "models --shape family=bert part=encoder",
+    ],
+    "layer": ["dropout_add_layer_norm", "bias_gelu", "linear_cross_entropy", "embedding_layer_norm"],
+    "train": ["train_step", "models"],
+    "latency": ["latency"],
+    "sweep": ["bias_gelu --sweep"],
+}
+NAMES = ("correctness", *(name for name in MEASURING if name != "sweep"), "sanitize", "sweep")
+# A rehearsal measures nothing: as little as runs every line.
+REHEARSAL = ["--tiny", "--cases", ":1", "--rounds", "2"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says, and when time is up by time.monotonic()."""
+
+    device: str
+    out: Path
+    deadline: float
+    more: Sequence[str]
+
+    @property
+    def seconds(self) -> float:
+        return self.deadline - time.monotonic()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs slices; 0 if every step ended well, 1 if not, 2 if nothing can be run."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    more = argv[argv.index("--") + 1 :] if "--" in argv else []
+    options = _parser().parse_args(argv[: argv.index("--")] if "--" in argv else argv)
+    if options.list:
+        _list()
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print(f"PyTorch {torch.__version__} finds no GPU; --device cpu rehearses without one", file=sys.stderr)
+        return 2
+    if options.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+        if options.out.resolve() == rows.RESULTS:
+            print(f"--out: got {options.out}, but a rehearsal measures nothing; choose another folder", file=sys.stderr)
+            return 2
+    _describe(options.device)
+    failed = _extension_fault(options.device)
+    for name in options.names or NAMES:
+        print(f"\n=== {name} ===", flush=True)
+        deadline = time.monotonic() + 60 * options.minutes
+        failed += run_slice(name, Options(options.device, options.out, deadline, more))
+    print(f"\n{'FAILED: ' + '; '.join(failed) if failed else 'all steps ended well'}; rows are in {options.out}")
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.slices",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    names = f"{', '.join(NAMES)}; default: all, in this order"
+    parser.add_argument("names", nargs="*", type=_name, metavar="SLICE", help=names)
+    parser.add_argument("--list", action="store_true", help="show what each slice runs, and run nothing")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    parser.add_argument("--minutes", type=float, default=8, help="for each slice; default: 8")
+    parser.add_argument("--out", type=Path, default=rows.RESULTS, metavar="FOLDER", help="default: benchmarks/results")
+    return parser
+
+
+def _name(text: str) -> str:
+    if text not in NAMES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(NAMES)}")
+    return text
+
+
+def run_slice(name: str, options: Options) -> list[str]:
+    """Runs the steps of a slice until its time is up; returns what went wrong, a line each."""
+    if name == "sanitize" and options.device == "cuda" and shutil.which("compute-sanitizer") is None:
+        return ["sanitize: compute-sanitizer is not on the PATH"]
+    failed, ran = [], False
+    for step, command in _steps(name, options):
+        if options.seconds <= 0:
+            failed.append(f"{name}: out of time before {step}")
+            break
+        print(f"\n--- {step}", flush=True)
+        if name in ("correctness", "sanitize"):
+            fault = _test(name, step, command, options)
+        else:
+            fault = _run([*command, "--minutes", f"{options.seconds / 60:.2f}"], options.seconds + 60)
+        ran = ran or fault != NO_TEST
+        failed += [f"{name}: {step}: {fault}"] if fault not in (None, NO_TEST) else []
+    return failed if ran else [*failed, f"{name}: no test ran"]
+
+
+def _steps(name: str, options: Options) -> Iterator[tuple[str, list[str]]]:
+    """(what it is called, command) of each step."""
+    if name in MEASURING:
+        rehearsal = REHEARSAL if options.device == "cpu" else []
+        for words in MEASURING[name]:
+            command = [sys.executable, "-m", "benchmarks", *words.split(), *rehearsal]
+            yield words, [*command, "--device", options.device, "--out", str(options.out), *options.more]
+        return
+    for tool in SANITIZERS if name == "sanitize" and options.device == "cuda" else (None,):
+        watch = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "86"] if tool else []
+        for file in test_files():
+            command = [*watch, sys.executable, "-m", "pytest", "-q", "-m", "gpu", file, *options.more]
+            yield f"{tool} {file}" if tool else file, command
+
+
+def test_files() -> list[str]:
+    """The files whose tests are marked gpu."""
+    marked = re.compile(r"^pytestmark = .*pytest\.mark\.gpu", re.MULTILINE)
+    found = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in found if marked.search(path.read_text(encoding="utf-8"))]
+
+
+def _test(name: str, step: str, command: list[str], options: Options) -> str | None:
+    """Runs one file of tests and writes a row of how many passed; returns what went wrong."""
+    environment = {}
+    if name == "sanitize":  # few examples, for everything is slow; a block for each tensor, so that its end is known
+        environment = {"HYPOTHESIS_PROFILE": "sanitize", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        fault = _run([*command, "--junitxml", str(report)], options.seconds, environment)
+        counts = _counts(report)
+    if fault == NO_TEST:
+        return fault
+    status = {"status": rows.FAILED, "reason": fault} if fault else {"status": rows.MEASURED}
+    about = {"op": "tests", "provider": "pytest" if name == "correctness" else step.split()[0]}
+    place = {"shape": {"file": step.split()[-1]}}
+    rows.write(options.out, [about | place | status | counts | rows.environment(options.device)])
+    return fault
+
+
+def _counts(report: Path) -> dict[str, float]:
+    """passed, failed, skipped, seconds of a junit report; nothing if there is none."""
+    if not report.exists():
+        return {}
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    total, skipped = int(suite.get("tests")), int(suite.get("skipped"))
+    failed = int(suite.get("failures")) + int(suite.get("errors"))
+    passed = total - failed - skipped
+    return {"passed": passed, "failed": failed, "skipped": skipped, "seconds": float(suite.get("time"))}
+
+
+def _run(command: list[str], seconds: float, environment: dict[str, str] | None = None) -> str | None:
+    """Runs a command in the checkout, its output shown as it comes; returns what went wrong."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **(environment or {})}, timeout=max(seconds, 1))
+    except subprocess.TimeoutExpired:
+        return "out of time"
+    return None if done.returncode == 0 else f"exit code {done.returncode}"
+
+
+def _extension_fault(device: str) -> list[str]:
+    """What is wrong with fastbert._C: without its CUDA part half of the evidence would be skipped in silence."""
+    key = "CUDA" if device == "cuda" else "CPU"
+    try:
+        import fastbert._C  # noqa: F401
+    except ImportError as error:
+        return [f"fastbert._C is not built: {error}"]
+    if torch._C._dispatch_has_kernel_for_dispatch_key("fastbert::lamb_", key):
+        return []
+    return [f"fastbert._C has no {key} part"]
+
+
+def _describe(device: str) -> None:
+    print(json.dumps(rows.environment(device)), flush=True)
+
+
+def _list() -> None:
+    print(f"correctness\n  pytest -m gpu {' '.join(test_files())}")
+    for name, steps in MEASURING.items():
+        print(name, *(f"  {OURS} bench {words}" for words in steps), sep="\n")
+    print(f"sanitize\n  the tests of correctness, few examples each, under {', '.join(SANITIZERS)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

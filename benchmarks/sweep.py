@@ -1,0 +1,78 @@
+"""Launch configurations of a kernel against each other: what `launch_config` answers could be, timed like providers.
+
+The fastest of each dtype and mode is what to write into launch_config, with the device and the command beside it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from unittest import mock
+
+from fastbert.errors import ConfigError
+
+from .ceilings import Work
+from .harness import OURS, Benchmark, Case, Provider, Step
+
+
+@dataclass(frozen=True)
+class Configured:
+    """An op whose kernels are launched as `config` says."""
+
+    op: Callable
+    kernels: str
+    config: dict
+
+    def during(self, function: Callable) -> Callable:
+        """The function with the configuration in place while it runs. Also a backward sees it, whatever its thread."""
+        module = import_module(f"fastbert.kernels.{self.kernels}")
+        answer = lambda *_: dict(self.config)  # noqa: E731
+
+        def run(*args, **kwargs):
+            with mock.patch.object(module, "launch_config", answer):
+                return function(*args, **kwargs)
+
+        return run
+
+
+class Sweep(Benchmark):
+    """The benchmark of an op, with its Triton backend in every configuration instead of its providers."""
+
+    def __init__(self, benchmark: Benchmark):
+        if benchmark.sweep is None:
+            raise ConfigError(f"--sweep: {benchmark.op} has no launch configurations to choose from")
+        self.inner = benchmark
+        self.op = f"{benchmark.op} sweep"  # rows of another name: they are no evidence about providers
+        self.modes, self.tiny, self.graph = benchmark.modes, benchmark.tiny, benchmark.graph
+
+    def shapes(self, cuda: bool) -> list[dict]:
+        return self.inner.shapes(cuda)
+
+    def dtypes(self, cuda: bool):
+        return self.inner.dtypes(cuda)
+
+    def inputs(self, case: Case, seed: int) -> dict:
+        return self.inner.inputs(case, seed)
+
+    def work(self, case: Case, mode: str) -> Work:
+        return self.inner.work(case, mode)
+
+    def providers(self, case: Case) -> list[Provider]:
+        kernels, configurations = self.inner.sweep
+
+        def make(config: dict, case: Case) -> Configured:
+            return Configured(self._triton(case).make(case), kernels, config)
+
+        return [
+            Provider(" ".join(f"{name}={value}" for name, value in config.items()), partial(make, config))
+            for config in configurations
+        ]
+
+    def check(self, provider: Provider, case: Case) -> str:
+        return provider.make(case).during(self.inner.check)(self._triton(case), case)
+
+    def _triton(self, case: Case) -> Provider:
+        return next(p for p in self.inner.providers(case) if p.name == f"{OURS}-triton")
+
+    def step(self, op: Configured, inputs: dict, mode: str) -> Step:
+        return op.during(op.during(self.inner.step)(op.op, inputs, mode))
