@@ -1,8 +1,8 @@
 """`attention`: softmax(q k^T) v without a causal mask, with dropout and without padding; and what users would pick.
 
 Shapes: B sequences of at most L tokens, H heads of D, `dropout` on the probabilities, `fill` = mean length / L. Where
-fill is below 1 lengths fall evenly from L to (2 fill - 1) L; ours then get packed rows, the others what their users
-have: the padded batch with a mask, or packed rows where they take them.
+fill is below 1 lengths are spread evenly between L and (2 fill - 1) L; ours then get packed rows, the others what their
+users have: the batch padded to L with a mask, or packed rows where they take them.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ class AttentionBenchmark(OpBenchmark):
         inputs = dict(zip("qkv", (t.requires_grad_() for t in projection.unbind(-3)), strict=True))
         if packed:
             ends = torch.tensor([0, *found]).cumsum(0)
-            inputs |= {"cu_seqlens": ends.to(case.device, torch.int32), "max_seqlen": max(found)}
+            inputs |= {"cu_seqlens": ends.to(case.device, torch.int32), "max_seqlen": case["L"]}
         return inputs
 
     def work(self, case: Case, mode: str) -> Work:
@@ -160,8 +160,10 @@ _SDPA = {
 
 
 def lengths(case: Case) -> list[int]:
-    """The lengths of a case's sequences: from L down to (2 fill - 1) L, evenly, at least 1."""
-    return [max(1, round(n)) for n in torch.linspace(1, 2 * case["fill"] - 1, case["B"]).mul(case["L"]).tolist()]
+    """The lengths of a case's sequences, longest first: the middles of B equal parts of what lies between L and
+    (2 fill - 1) L, but at least 1."""
+    missing = 2 * (1 - case["fill"]) / case["B"]
+    return [max(1, round(case["L"] * (1 - missing * (i + 0.5)))) for i in range(case["B"])]
 
 
 def padded(inputs: dict) -> dict:

@@ -26,6 +26,13 @@ class LatencyBenchmark(ModelBenchmark):
     def dtypes(self, cuda: bool):
         return ("fp16", "bf16") if cuda else ("fp32",)
 
+    def inputs(self, case: Case, seed: int) -> dict:
+        """Without padding there is no mask to pass."""
+        found = super().inputs(case, seed)
+        if case["fill"] == 1:
+            del found["attention_mask"]
+        return found
+
     def prepared(self, model: nn.Module, case: Case) -> nn.Module:
         return model.to(DTYPES[case.dtype])
 

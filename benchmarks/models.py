@@ -1,7 +1,7 @@
 """Whole models, fastbert against transformers: forward, forward and backward, and a training step with AdamW.
 
 Shapes: a `family`, a `part` (masked_lm: labels on 15 % of the tokens; encoder: no head), B sequences of at most L
-tokens, of which `fill` is the mean share (lengths fall evenly from L to (2 fill - 1) L), and the sizes of the model.
+tokens, of which `fill` is the mean share (spread evenly between L and (2 fill - 1) L), and the sizes of the model.
 `fastbert` is what `fastbert pretrain` runs: the vocabulary is computed for labelled tokens only. `fastbert-logits`
 returns the logits of all tokens, as transformers does. In 16 bits both train under autocast, parameters in float32.
 
@@ -195,10 +195,11 @@ def _found(runnable: Runnable, inputs: dict) -> dict[str, Tensor]:
     loss.backward()
     gradients = [p.grad.double().square().sum() for p in runnable.model.parameters() if p.grad is not None]
     found = {"loss": loss.detach(), "gradient norm": torch.stack(gradients).sum().sqrt()}
-    if "attention_mask" in inputs and runnable.options.get("return_logits", True):
+    if runnable.options.get("return_logits", True):
+        batch = {name: t for name, t in inputs.items() if name not in ("labels", "probe")}
         with torch.no_grad():
-            batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-            found["output"] = runnable.output(batch)[0][inputs["attention_mask"].bool()]
+            output = runnable.output(batch)[0]
+        found["output"] = output[batch["attention_mask"].bool()] if "attention_mask" in batch else output
     return found
 
 

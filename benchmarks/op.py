@@ -83,11 +83,11 @@ def compiled(function: Callable) -> Callable:
 
 
 def imported(module: str, name: str, package: str) -> Callable:
-    """`name` of a peer's module; Missing if it is not installed."""
+    """`name` of a peer's module; Missing if it, or what it needs, is not installed."""
     try:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
-        raise Missing(f"{package} is not installed (no module {error.name})") from None
+        raise Missing(f"{package} cannot be imported: there is no module {error.name}") from None
 
 
 def normal(shape: tuple[int, ...], case: Case, generator: torch.Generator) -> Tensor:

@@ -107,7 +107,7 @@ def test_what_a_provider_cannot_do_is_a_row_and_not_the_end(quick_ceilings):
     assert failures == {
         "fastbert-none": ("missing", failures["fastbert-none"][1]),
         "broken": ("failed", "RuntimeError: no kernel for this"),
-        "absent": ("missing", "no-such-package is not installed (no module no_such_package)"),
+        "absent": ("missing", "no-such-package cannot be imported: there is no module no_such_package"),
         "late": ("failed", "RuntimeError: only with gradients"),
         "gpu": ("missing", "needs an NVIDIA GPU"),
     }
@@ -176,7 +176,7 @@ class Straw:
                 straw.now += 10
 
         @contextlib.contextmanager
-        def graph(captured, stream):
+        def graph(captured, pool, stream):
             if not capturable:
                 raise RuntimeError("cannot capture")
             straw.capturing = True
@@ -187,6 +187,7 @@ class Straw:
         for name, fake in {
             "Event": Event,
             "CUDAGraph": Graph,
+            "graph_pool_handle": lambda: (0, 1),
             "graph": graph,
             "Stream": lambda device: stream(),
             "stream": lambda _: contextlib.nullcontext(),
@@ -250,7 +251,9 @@ def test_relative_attention_pays_for_the_band_besides():
 def test_ragged_lengths_have_the_mean_that_is_said():
     for fill in (1.0, 0.75, 0.5):
         found = attention.lengths(HEADLINE.but(fill=fill))
-        assert max(found) == 512 and min(found) >= 1 and abs(sum(found) / 32 - 512 * fill) <= 1
+        assert abs(sum(found) / 32 - 512 * fill) <= 1 and found == sorted(found, reverse=True)
+        assert max(found) <= 512 and min(found) >= 512 * (2 * fill - 1)
+    assert attention.lengths(HEADLINE.but(B=2, fill=0.5)) == [384, 128]
 
 
 def test_the_padded_batch_holds_the_packed_one():
