@@ -20,7 +20,8 @@ Columns, in this order:
     run                   the same for all that took turns with each other
     device, driver, threads, python, torch, triton, cuda, transformers, commit, date
 
-`commit` ends with + if there were changes that were not committed. Where there is no git, FASTBERT_COMMIT says it.
+`commit` ends with + if there were changes that were not committed. For a copy of a checkout that has no git history of
+its own FASTBERT_COMMIT says it; an installed fastbert says its version instead.
 """
 
 import datetime
@@ -35,6 +36,7 @@ from pathlib import Path
 
 import torch
 
+import fastbert
 from fastbert.errors import DataError
 
 FOLDER = Path(__file__).resolve().parent
@@ -104,10 +106,14 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    commit = _output("git", "rev-parse", "--short", "HEAD")
-    if not commit:
+    root = FOLDER.parent
+    if not (root / "pyproject.toml").exists():
+        return os.environ.get("FASTBERT_COMMIT") or f"release {fastbert.__version__}"
+    top = _output("git", "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != root:  # no repository, or somebody else's around this copy
         return os.environ.get("FASTBERT_COMMIT")
-    return f"{commit}+" if _output("git", "status", "--porcelain", "--untracked-files=no") else commit
+    commit = _output("git", "rev-parse", "--short", "HEAD")
+    return f"{commit}+" if commit and _output("git", "status", "--porcelain", "--untracked-files=no") else commit
 
 
 def _output(*command: str) -> str | None:

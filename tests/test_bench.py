@@ -3,12 +3,14 @@
 import contextlib
 import itertools
 import json
+import subprocess
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+import fastbert.cli
 from benchmarks import attention, ceilings, cli, harness, relative_attention, rows
 from benchmarks.ceilings import Ceilings, Work
 from benchmarks.harness import Case, Provider, Runner, Settings
@@ -416,12 +418,28 @@ def test_the_environment_tells_an_interpreter_from_a_processor(monkeypatch):
     assert "interpreted" not in rows.environment("cpu")["device"]
 
 
-def test_the_commit_is_told_where_there_is_no_git(monkeypatch):
-    monkeypatch.setattr(rows, "_output", lambda *command: None)
+def test_the_commit_is_that_of_the_checkout_or_told(monkeypatch, tmp_path):
+    """Neither a copy without history nor an installed fastbert takes the commit of a repository around it."""
+    git = lambda *words: subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True)  # noqa: E731
+    git("init")
+    git("-c", "user.name=x", "-c", "user.email=x", "commit", "--allow-empty", "-m", "theirs")
+    folder = tmp_path / "copy" / "benchmarks"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(rows, "FOLDER", folder)
+    monkeypatch.delenv("FASTBERT_COMMIT", raising=False)
+    assert rows.environment("cpu")["commit"] == f"release {fastbert.__version__}"
+    (tmp_path / "copy" / "pyproject.toml").touch()
+    assert rows.environment("cpu")["commit"] is None
     monkeypatch.setenv("FASTBERT_COMMIT", "abc1234")
     assert rows.environment("cpu")["commit"] == "abc1234"
-    monkeypatch.delenv("FASTBERT_COMMIT")
-    assert rows.environment("cpu")["commit"] is None
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.setattr(rows, "FOLDER", tmp_path / "copy")
+    assert rows.environment("cpu")["commit"] == git("rev-parse", "--short", "HEAD").stdout.strip()
+
+
+def test_bench_is_a_command_of_fastbert(capsys):
+    assert fastbert.cli.main(["bench", "lamb", "--list", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("lamb (step)")
 
 
 def test_ceilings_are_the_best_that_was_seen():
