@@ -61,7 +61,8 @@ __device__ LambNorms block_sum(LambNorms value) {
   return total;
 }
 
-__global__ void __launch_bounds__(kThreads)
+// Five blocks an SM are what fits anyway; said aloud, ptxas (13.0) needs no stack for sm_100.
+__global__ void __launch_bounds__(kThreads, 5)
 moments_kernel(const __grid_constant__ Batch batch, const LambStep step, LambNorms* sums) {
   const int chunks = batch.first_chunk[batch.count];
   for (int c = blockIdx.x; c < chunks; c += gridDim.x) {

@@ -117,7 +117,7 @@ def _column_sum_kernel(p_sums, p_dbias, rows, columns, BLOCK_M: tl.constexpr, BL
 
 def launch_config(dtype: torch.dtype) -> dict[str, int]:
     """Rows and columns of a tile, and warps. Not timed on a GPU yet: chosen by what the compiler says for sm_80 and
-    sm_90 (tests/test_bias_gelu.py: registers, width of the loads)."""
+    sm_90 (benchmarks/results/static.txt: registers, width of the loads)."""
     # One row of the tile is one 16-byte load per thread, so a thread owns its columns and the sum over rows needs no
     # shuffle. 512 divides the intermediate size of every published model from BERT-small up.
     return {"BLOCK_M": 4, "BLOCK_N": 512, "num_warps": 2 if dtype.itemsize == 2 else 4}

@@ -1,7 +1,5 @@
-"""fastbert._C, the compiled part: LAMB against the reference on each device it serves, and what the compiler says."""
+"""fastbert._C, the compiled part: LAMB against the reference on each device it serves."""
 
-import os
-import re
 import runpy
 import shutil
 import subprocess
@@ -20,7 +18,6 @@ from fastbert.testing import compare
 ROOT = Path(__file__).parent.parent
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
 CHUNK = 32768  # kLambChunk
-NVCC = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
 DEFAULTS = {
     "step": 3,
     "lr": 0.01,
@@ -159,17 +156,6 @@ def test_says_what_is_wrong_before_it_writes(spoil, message):
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fastbert.lamb_(*tensors.values(), beta1=0.9, beta2=0.999, **flags)
     assert torch.equal(before, tensors["params"][0])
-
-
-@pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_cuda_kernels_compile_without_spills(architecture, tmp_path):
-    target = f"arch=compute_{architecture},code=sm_{architecture}"
-    command = [NVCC, *SETUP["NVCC_FLAGS"], "-std=c++17", "-Xptxas=-v", "-gencode", target, "-c", "csrc/lamb.cu"]
-    done = subprocess.run([*command, "-o", tmp_path / "lamb.o"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert stacks == [("0", "0", "0")] * 2, done.stderr
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler here")

@@ -39,7 +39,7 @@ LAYERS = {
     "data": "",
     "train": f"{BELOW_TRAIN} __init__",
     "hf": f"{BELOW_TRAIN} __init__",
-    "benchmarks": f"{BELOW_TRAIN} __init__ reference kernels testing",
+    "benchmarks": f"{BELOW_TRAIN} __init__ reference kernels _C testing",
     "cli": f"{BELOW_TRAIN} __init__ train hf benchmarks",
     "__main__": "cli",
     "testing": "",

@@ -1,0 +1,313 @@
+"""The static report: what the compilers say of every kernel that ships, rules that can fail, and how SASS is read."""
+
+import ast
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import sass, static
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+@triton.jit
+def _product_kernel(p_a, p_b, p_c, n, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    o_tile = o[:, None] * BLOCK + o[None, :]
+    b_sum = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+    for start in range(0, n, BLOCK):
+        b_sum = tl.dot(tl.load(p_a + start * BLOCK + o_tile), tl.load(p_b + start * BLOCK + o_tile), b_sum)
+    tl.store(p_c + o_tile, b_sum)
+
+
+def toys():
+    """Compiled with what ships: a matrix product as it should be, and the same with too few registers for it."""
+    a, c = torch.empty(64, 64, dtype=torch.bfloat16), torch.empty(64, 64)
+    yield "good", lambda: _product_kernel[(1,)](a, a, c, 64, BLOCK=64)
+    yield "starved", lambda: _product_kernel[(1,)](a, a, c, 64, BLOCK=64, num_warps=1, maxnreg=64)
+
+
+@pytest.fixture(scope="module")
+def tools():
+    return static.Toolchain.find()
+
+
+@pytest.fixture(scope="module")
+def everything(tools):
+    configurations = {**static.CONFIGURATIONS, "toys": toys}
+    return static.collect(configurations, static.SOURCES, tools, list(sass.TARGETS))
+
+
+@pytest.fixture(scope="module")
+def shipped(everything):
+    return [each for each in everything if each.source != "toys"]
+
+
+@pytest.fixture(scope="module")
+def toy(everything):
+    return {(each.names[0], each.target): each for each in everything if each.source == "toys"}
+
+
+def title(each):
+    return f"{each.source}: {each.kernel}, {', '.join(each.names)}, sm_{each.target}"
+
+
+def spilling(rows):
+    return [title(each) for each in rows if each.spills]
+
+
+def oversized(rows):
+    return [title(each) for each in rows if each.shared > sass.SM[each.target].shared_cta]
+
+
+def without_matrix_unit(rows):
+    """Kernels that multiply matrices, but not with their target's matrix unit in their longest loop."""
+    unit = {90: ("HGMMA", "QGMMA"), 100: ("UTCHMMA", "UTCQMMA")}
+    used = {id(each): {i.opcode for i in each.loops[0][1]} for each in rows}
+    return [title(r) for r in rows if r.dot and not used[id(r)] & {*unit.get(r.target, ("HMMA", "QMMA"))}]
+
+
+def test_no_kernel_spills(shipped):
+    assert not spilling(shipped)
+
+
+def test_no_kernel_asks_for_more_shared_memory_than_its_target_has(shipped):
+    assert not oversized(shipped)
+    for each in shipped:
+        ctas, by = each.residency
+        assert ctas > 0, f"{title(each)}: not one CTA fits a multiprocessor, for want of {by}"
+
+
+def test_matrix_products_run_on_the_matrix_unit(shipped):
+    assert not without_matrix_unit(shipped)
+
+
+def test_gelu_has_registers_to_spare_and_moves_16_bytes_at_a_time(shipped):
+    rows = [each for each in shipped if each.source == "gelu" and each.kernel != "_column_sum_kernel"]
+    assert len(rows) == 2 * 6 * len(sass.TARGETS)
+    for each in rows:
+        assert each.used.registers <= 128, title(each)
+        accesses = [i.mnemonic for i in each.code if i.pipe in ("gmem", "local")]
+        assert accesses and all(m.startswith(("LDG", "STG")) and ".128" in m for m in accesses), (title(each), accesses)
+
+
+def test_every_triton_kernel_is_compiled_for_every_target(shipped):
+    kernels = set()
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                if any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+                    kernels.add((path.stem, node.name))
+    assert kernels
+    missing = set(itertools.product(kernels, sass.TARGETS)) - {((r.source, r.kernel), r.target) for r in shipped}
+    assert not missing, "CONFIGURATIONS in benchmarks/static.py launches none of these"
+
+
+def test_every_cuda_kernel_is_compiled_for_every_target(shipped, tools):
+    if tools.nvcc is None:
+        pytest.skip(tools.cuda)
+    found = {(each.source, each.kernel, each.target) for each in shipped}
+    names = [(path.stem, name) for path in static.SOURCES for name in cuda_kernels(path)]
+    assert names and {(*name, target) for name in names for target in tools.cuda_targets} <= found
+
+
+def cuda_kernels(path):
+    """The names behind __global__, its attributes left out."""
+    for definition in path.read_text(encoding="utf-8").split("__global__")[1:]:
+        words = definition.split("{")[0].replace("(", " ( ").split()
+        yield next(word for word, after in itertools.pairwise(words) if after == "(" and word.endswith("_kernel"))
+
+
+def test_the_committed_table_is_what_the_compilers_say(shipped, tools):
+    diff, elsewhere = static.compare(static.TABLE.read_text(encoding="utf-8"), static.table(shipped, tools))
+    assert not diff, "renew it: python -m benchmarks.static --write\n" + "\n".join(diff)
+    if elsewhere:
+        pytest.skip(f"other compilers wrote the committed table, not {', '.join(h[3:] for h in elsewhere)}")
+
+
+def test_what_spills_is_flagged(toy):
+    assert not spilling(toy["good", target] for target in sass.TARGETS)
+    assert len(spilling(toy["starved", target] for target in sass.TARGETS)) == len(sass.TARGETS)
+
+
+@pytest.mark.parametrize(
+    "target, opcode", [(80, "HMMA"), (89, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA"), (120, "HMMA")]
+)  # fmt: skip
+def test_a_matrix_product_shows_its_unit(toy, target, opcode):
+    good = toy["good", target]
+    where, loop = good.loops[0]
+    assert good.dot and where == "loop 1" and opcode in {i.opcode for i in loop}
+    assert not without_matrix_unit([good])
+    # 2 x 64 x 64 x 64 FLOP at the rate of the unit
+    clocks = sass.clocks(loop, target, good.used.warps)["mma"]
+    expected = {80: 256, 89: 512, 90: 128, 120: 512}.get(target, math.nan)
+    assert clocks == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_matrix_product_without_its_unit_is_flagged(toy):
+    good = toy["good", 90]
+    without = [i for i in good.code if i.pipe != "mma"]
+    assert without_matrix_unit([changed(good, code=without)]) == [title(good)]
+
+
+def test_too_much_shared_memory_is_flagged(toy):
+    assert oversized([changed(toy["good", 89], shared=99 * 1024 + 1)])
+    assert not oversized([changed(toy["good", 89], shared=99 * 1024)])
+
+
+def changed(each, **changes):
+    return static.Compiled(**{**vars(each), **changes})
+
+
+def test_a_part_is_compared_where_the_same_compiler_wrote_both():
+    old = "rates\n\n== Triton kernels: triton 1\na\nb\n\n== CUDA sources: nvcc 1\nc\n"
+    assert static.compare(old, old) == ([], [])
+    diff, elsewhere = static.compare(old, old.replace("nvcc 1", "nvcc 2").replace("\nc", "\nd").replace("\nb", "\nB"))
+    assert [line for line in diff if line[:2] in ("-b", "+B")] == ["-b", "+B"] and not {"-c", "+d"} & set(diff)
+    assert elsewhere == ["== CUDA sources: nvcc 2"]
+
+
+@pytest.mark.parametrize("arguments", ["--write --targets sm_90", "--targets sm_75", "--kernels x", "--write --check"])
+def test_says_what_it_cannot_do(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        static.main(arguments.split())
+    assert error.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+# An outer loop around two inner ones; the second waits on a barrier out of line. Behind the last EXIT, ptxas's padding.
+SASS = """
+	.section	.text.k,"ax",@progbits
+k:
+.text.k:
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+        /*0010*/                   IADD3 R1, R1, 0x1, RZ ;
+.L_x_1:
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0030*/              @!P1 FFMA R4, R4, R5, R6 ;
+        /*0040*/               @P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0050*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P2, [UR4], R2 ;
+        /*0060*/              @!P2 BRA `(.L_x_4) ;
+.L_x_3:
+        /*0070*/                   LDS.64 R8, [R3] ;
+        /*0080*/                   CALL.REL.NOINC `(helper) ;
+        /*0090*/                   BRA.U UP0, `(.L_x_2) ;
+        /*00a0*/               @P3 CALL.REL.NOINC `(.L_x_5) ;
+        /*00b0*/                   BRA `(.L_x_0) ;
+.L_x_5:
+        /*00c0*/                   STG.E [R2.64], R8 ;
+        /*00d0*/                   EXIT ;
+.L_x_4:
+        /*00e0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P2, [UR4], R2 ;
+        /*00f0*/              @!P2 BRA `(.L_x_4) ;
+        /*0100*/                   BRA `(.L_x_3) ;
+helper:
+        /*0110*/                   MUFU.RCP R8, R8 ;
+        /*0120*/                   RET.REL.NODEC R20 `(k) ;
+.L_x_6:
+        /*0130*/                   BRA `(.L_x_6);
+        /*0140*/                   NOP;
+"""
+
+
+def test_loops_are_the_innermost_that_work():
+    code = sass.parse(SASS)["k"]
+    assert [[i.address for i in loop] for loop in sass.loops(code)] == [
+        [0x50, 0x60, 0x70, 0x80, 0x90, 0xE0, 0xF0, 0x100],
+        [0x20, 0x30, 0x40],
+    ]
+
+
+def test_a_body_ends_before_the_padding():
+    body = sass.body(sass.parse(SASS)["k"])
+    assert [i.address for i in body] == list(range(0, 0x130, 16))
+    assert sass.loops(body[:1]) == []
+
+
+def instructions(*texts):
+    lines = (f"        /*{16 * i:04x}*/                   {text} ;" for i, text in enumerate(texts))
+    return sass.parse('	.section	.text.k,"ax",@progbits\n' + "\n".join(lines))["k"]
+
+
+def test_instructions_are_counted_by_pipe_whatever_their_predicate():
+    code = sass.parse(SASS)["k"]
+    loop = sass.loops(code)[1]
+    assert {pipe: n for pipe, n in sass.count(loop).items() if n} == {"issue": 3, "gmem": 1, "fma": 1, "other": 1}
+    assert loop[1].predicate == "@!P1" and loop[1].mnemonic == "FFMA"
+    kinds = {
+        "UIADD3 UR4, UR4, UR5, URZ": "other",
+        "R2UR UR4, R2": "other",
+        "LDL R2, [R1]": "local",
+        "DADD R2, R2, R4": "fp64",
+        "F2F.F64.F32 R2, R4": "fp64",
+        "F2F.F32.F16 R2, R4": "mufu",
+        "F2FP.BF16.F32.PACK_AB R2, R3, R4": "cvt",
+        "BAR.SYNC.DEFER_BLOCKING 0x0": "sync",
+        "UTCHMMA gdesc[UR6], gdesc[UR8]": "mma",
+    }
+    assert {text: i.pipe for text, i in zip(kinds, instructions(*kinds), strict=True)} == kinds
+
+
+@pytest.mark.parametrize(
+    "text, target, expected",
+    [
+        # eight warps of 32 lanes, on 64 or 128 lanes a clock
+        ("FFMA R4, R4, R5, R6", 80, {"issue": 2, "fma": 4}),
+        ("FFMA R4, R4, R5, R6", 90, {"issue": 2, "fma": 2}),
+        ("IMAD R4, R4, R5, R6", 90, {"issue": 2, "fma": 4}),
+        ("LOP3.LUT R4, R4, R5, RZ, 0xc0, !PT", 90, {"issue": 2, "alu": 4}),
+        ("MUFU.EX2 R4, R4", 90, {"issue": 2, "mufu": 16}),
+        ("DFMA R4, R4, R6, R8", 80, {"issue": 2, "fp64": 8}),
+        ("DFMA R4, R4, R6, R8", 89, {"issue": 2, "fp64": 128}),
+        ("DFMA R4, R4, R6, R8", 90, {"issue": 2, "fp64": 4}),
+        ("SHFL.BFLY PT, R4, R5, 0x1, 0x1f", 90, {"issue": 2, "shfl": 8}),
+        ("LDS R4, [R5]", 90, {"issue": 2, "smem": 8}),
+        ("LDS.U16 R4, [R5]", 90, {"issue": 2, "smem": 8}),
+        ("LDSM.16.MT88.4 R4, [R8]", 90, {"issue": 2, "smem": 32}),
+        ("STG.E.64 desc[UR4][R2.64], R4", 90, {"issue": 2, "gmem": 16}),
+        ("LDGSTS.E.BYPASS.LTC128B.128 [R4], desc[UR4][R2.64]", 90, {"issue": 2, "gmem": 32}),
+        ("STL.128 [R1], R4", 90, {"issue": 2, "local": 32}),
+        # 2 x 16 x 8 x 16 FLOP a warp, at 2048, 1024 and, through HMMA, 2048 a clock
+        ("HMMA.16816.F32.BF16 R4, R8, R12, R4", 80, {"issue": 2, "mma": 16}),
+        ("HMMA.16816.F32 R4, R8, R12, R4", 89, {"issue": 2, "mma": 32}),
+        ("HMMA.16816.F32 R4, R8, R12, R4", 90, {"issue": 2, "mma": 16}),
+        ("HMMA.1688.F32.TF32 R4, R8, R12, R4", 80, {"issue": 2, "mma": 16}),
+        # two warpgroups, each 2 x 64 x 128 x 16 FLOP, at 4096 a clock
+        ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24", 90, {"issue": 2, "mma": 128}),
+        ("QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR4], R24", 90, {"issue": 2, "mma": 128}),
+        ("WARPGROUP.ARRIVE", 90, {"issue": 2}),
+    ],
+)
+def test_clocks_of_eight_warps(text, target, expected):
+    clocks = sass.clocks(instructions(text), target, warps=8)
+    assert {pipe: value for pipe, value in clocks.items() if value} == expected
+
+
+def test_the_pipe_that_binds():
+    assert sass.binding(sass.clocks(instructions("FFMA R4, R4, R5, R6", "MUFU.EX2 R4, R4"), 90, 4)) == "mufu"
+    unknown = sass.clocks(instructions("MUFU.EX2 R4, R4", "UTCHMMA gdesc[UR6], gdesc[UR8]"), 100, 4)
+    assert math.isnan(unknown["mma"]) and sass.binding(unknown) == "mufu?"
+
+
+@pytest.mark.parametrize(
+    "target, used, expected",
+    [
+        (90, {"registers": 32, "shared": 0, "warps": 4}, (16, "regs")),
+        (90, {"registers": 128, "shared": 0, "warps": 4}, (4, "regs")),
+        (90, {"registers": 16, "shared": 0, "warps": 4}, (16, "warps")),
+        (89, {"registers": 16, "shared": 0, "warps": 1}, (24, "CTAs")),
+        (90, {"registers": 32, "shared": 113 * 1024, "warps": 4}, (2, "shared")),
+        (90, {"registers": 32, "shared": 114 * 1024, "warps": 4}, (1, "shared")),
+        (100, {"registers": 32, "shared": 0, "warps": 4, "tensor_columns": 256}, (2, "tensor")),
+        (80, {"registers": 255, "shared": 0, "warps": 12}, (0, "regs")),
+    ],
+)
+def test_ctas_that_fit_a_multiprocessor(target, used, expected):
+    assert sass.residency(target, **used) == expected
