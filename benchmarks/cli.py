@@ -28,6 +28,7 @@ from fastbert.errors import ConfigError, FastBertError
 from . import rows
 from .ceilings import DTYPES
 from .harness import OURS, Benchmark, Case, Runner, Settings
+from .profiles import profiles
 from .sweep import Sweep
 
 OPS = (
@@ -77,6 +78,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--tiny", action="store_true", help="one small shape: a rehearsal, for Triton's interpreter")
     parser.add_argument("--cases", type=_range, metavar="A:B", help="only cases A to B - 1; the first tell the most")
     parser.add_argument("--sweep", action="store_true", help="time what a kernel's launch_config could answer")
+    parser.add_argument("--profile", action="store_true", help="show where the time goes; measure and write nothing")
     parser.add_argument("--rounds", type=int, help="turns of each provider; default: 50, on a CPU 10")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after this time")
     parser.add_argument("--threads", type=int, help="CPU threads; default: as PyTorch decides")
@@ -139,6 +141,11 @@ def _bench(options: argparse.Namespace) -> int:
         rounds=options.rounds or (50 if cuda else 10),
         deadline=time.monotonic() + 60 * options.minutes,
     )
+    if options.profile:
+        for name, benchmark in chosen.items():
+            for table in profiles(benchmark, todo[name], settings):
+                print(table, flush=True)
+        return 0
     print(", ".join(f"{name} {value}" for name, value in rows.environment(device).items() if value is not None))
     wrong = 0
     with tqdm(bar_format="{desc} [{elapsed}]", leave=False, disable=None) as bar:

@@ -146,6 +146,12 @@ class Settings:
     def cuda(self) -> bool:
         return self.device.startswith("cuda")
 
+    def wants(self, provider: Provider) -> bool:
+        return not self.providers or provider.name.startswith(tuple(self.providers))
+
+    def modes_of(self, benchmark: Benchmark) -> list[str]:
+        return [mode for mode in benchmark.modes if not self.modes or mode in self.modes]
+
 
 class Runner:
     """One run on one device: its clock, its ceilings, what all its rows say. progress(text) is told what it does."""
@@ -175,10 +181,8 @@ class Runner:
             self._release()
 
     def _case(self, benchmark: Benchmark, case: Case) -> Iterator[dict]:
-        ready, wanted = {}, self.settings.providers
-        for provider in benchmark.providers(case):
-            if wanted and not provider.name.startswith(tuple(wanted)):
-                continue
+        ready = {}
+        for provider in filter(self.settings.wants, benchmark.providers(case)):
             self.progress(f"{benchmark.op} {case}: checking {provider.name}")
             with _reasons() as failure:
                 if provider.gpu and not case.cuda:
@@ -190,11 +194,10 @@ class Runner:
                 yield _about(benchmark, case, provider) | failure
             self._release()
         sets = Sets(benchmark, case)
-        for mode in self.settings.modes or benchmark.modes:
-            if mode in benchmark.modes:
-                self.progress(f"{benchmark.op} {case}: timing {mode}")
-                yield from self._mode(benchmark, case, mode, ready, sets)
-                self._release()
+        for mode in self.settings.modes_of(benchmark):
+            self.progress(f"{benchmark.op} {case}: timing {mode}")
+            yield from self._mode(benchmark, case, mode, ready, sets)
+            self._release()
 
     def _mode(self, benchmark: Benchmark, case: Case, mode: str, ready: Mapping, sets: "Sets") -> Iterator[dict]:
         steps, rows = {}, {}
