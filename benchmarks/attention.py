@@ -18,6 +18,7 @@ from .ceilings import DTYPES, Work
 from .harness import Case, Missing, Provider
 from .op import OpBenchmark, compiled, generator_on, imported, normal
 
+FLOAT64_SCORES = 2**27  # 1 GiB each for scores, probabilities and their gradients
 Operands = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -44,7 +45,11 @@ class AttentionBenchmark(OpBenchmark):
         return {"dropout_p": case["dropout"]}
 
     def small(self, case: Case) -> Case:
-        return case.but(B=min(case["B"], 2), H=min(case["H"], 2))
+        """As many sequences as have FLOAT64_SCORES scores; on a CPU, and if it must be, fewer heads too."""
+        per_head = case["L"] ** 2
+        heads = min(case["H"], max(1, FLOAT64_SCORES // per_head)) if case.cuda else min(case["H"], 2)
+        batch = max(1, FLOAT64_SCORES // (heads * per_head)) if case.cuda else 2
+        return case.but(B=min(case["B"], batch), H=heads)
 
     def inputs(self, case: Case, seed: int) -> dict:
         """q, k, v as views of one projection, as a layer's fused projection leaves them; packed where fill < 1."""
@@ -79,11 +84,10 @@ class AttentionBenchmark(OpBenchmark):
             Provider(f"sdpa-{name}", partial(self._sdpa, backend), gpu=name in ("cudnn", "efficient"), **arrange)
             for name, backend in _SDPA.items()
         ]
-        found.append(Provider("flex", self._flex, **arrange))
         found.append(Provider("flash-attn-4", self._flash_attn_4, package="flash-attn-4", gpu=True))
         if packed:
             found.append(Provider("varlen", self._varlen, gpu=True))
-        return found
+        return [*found, Provider("flex", self._flex, **arrange)]
 
     def providers(self, case: Case) -> list[Provider]:
         """The eager forms of a ragged batch are the padded ones: nobody loops over sequences in Python."""

@@ -3,6 +3,7 @@ whichever is faster), matrix products, exponentials. The best of ten: a ceiling 
 
 A floor is the time that an op would take if it moved its bytes as fast as that, multiplied as fast as one large
 matrix product does, and took its exponentials as fast as a kernel that does nothing else; the largest of the three.
+Memory and matmul cannot be passed, exp could be: by a kernel that computes some exponentials with other units.
 """
 
 from collections.abc import Callable
@@ -29,12 +30,14 @@ class Work:
 class Ceilings:
     """Per second: bytes moved (read plus written), operations of a matrix product by dtype, exp2 in float32.
 
-    exps is None where it was not measured (a GPU without Triton); floors then leave exponentials out.
+    exps is None where it was not measured (a GPU without Triton); floors then leave exponentials out. launch_us: what
+    a CUDA graph of one kernel that has nothing to do takes between the events: it is in every time, and in no floor.
     """
 
     bytes: float
     flops: dict[str, float]
     exps: float | None
+    launch_us: float | None = None
 
     def floor_us(self, work: Work, dtype: str) -> tuple[float, str]:
         """The shortest time for the work in microseconds, and what sets it: memory, matmul or exp."""
@@ -50,11 +53,12 @@ class Ceilings:
             "memory_gb_per_s": round(self.bytes / 1e9, 1),
             "matmul_tflops": round(self.flops[dtype] / 1e12, 3),
             "exp_g_per_s": None if self.exps is None else round(self.exps / 1e9, 1),
+            **({} if self.launch_us is None else {"launch_us": round(self.launch_us, 2)}),
         }
 
 
-def measure(clock: Callable[[Callable[[], object]], float], device: str, dtypes: list[str]) -> Ceilings:
-    """The ceilings of `device`. clock(step): the microseconds of one run of a step."""
+def measure(clock, device: str, dtypes: list[str]) -> Ceilings:
+    """The ceilings of `device`, by a clock of the harness."""
     cuda = device.startswith("cuda")
     source = torch.ones(2**28 if cuda else 2**26, device=device)
     target = torch.empty_like(source)
@@ -67,22 +71,25 @@ def measure(clock: Callable[[Callable[[], object]], float], device: str, dtypes:
         a, b = (torch.randn(n, n, device=device, dtype=DTYPES[dtype]) for _ in range(2))
         out = torch.empty_like(a)
         products[dtype] = 2 * n**3 / _seconds(clock, partial(torch.mm, a, b, out=out))
-    return Ceilings(moved, products, _exps_on_gpu(clock, device) if cuda else _exps_on_cpu(clock))
+    if not cuda:
+        return Ceilings(moved, products, _exps_on_cpu(clock))
+    nothing = clock.prepare(lambda: torch.zeros(1, device=device).zero_, graph=True, rest=lambda: None)
+    return Ceilings(moved, products, _exps_on_gpu(clock, device), 1e6 * _seconds(clock, nothing.step))
 
 
-def _seconds(clock: Callable, step: Callable[[], object]) -> float:
+def _seconds(clock, step: Callable[[], object]) -> float:
     for _ in range(3):
         step()
-    return 1e-6 * min(clock(step) for _ in range(10))
+    return 1e-6 * min(clock.time(step) for _ in range(10))
 
 
-def _exps_on_cpu(clock: Callable) -> float:
+def _exps_on_cpu(clock) -> float:
     x = torch.zeros(2**16)  # 256 KiB: stays in cache
     out = torch.empty_like(x)
     return 64 * x.numel() / _seconds(clock, lambda: [torch.exp2(x, out=out) for _ in range(64)])
 
 
-def _exps_on_gpu(clock: Callable, device: str) -> float | None:
+def _exps_on_gpu(clock, device: str) -> float | None:
     if package_version("triton") is None:
         return None
     from .exp_kernel import exp2_kernel

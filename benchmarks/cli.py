@@ -27,7 +27,7 @@ from fastbert.errors import ConfigError, FastBertError
 
 from . import rows
 from .ceilings import DTYPES
-from .harness import OURS, Benchmark, Case, Runner, Settings
+from .harness import OURS, Benchmark, CaptureFailed, Case, Runner, Settings
 from .profiles import profiles
 from .sweep import Sweep
 
@@ -43,15 +43,23 @@ OPS = (
 )
 MODELS = ("models", "latency", "train_step")
 COMMANDS = ("report", "static")
+SPOILT = 3
+# What sizes that are no whole numbers may be: (least, largest).
+RANGES = {"dropout": (0.0, 0.99), "fill": (0.5, 1.0), "labelled": (0.01, 1.0)}
 
 
 def main(argv: Sequence[str], prog: str = "fastbert bench") -> int:
     """Runs the command and returns its exit code: 0; 1 if one of our own providers was wrong or failed; 2 for an error
-    that the user can mend."""
+    that the user can mend; SPOILT if a CUDA graph could not be captured and the rest needs another process."""
+    if argv and argv[0] in COMMANDS:
+        prog = f"{prog} {argv[0]}"
     try:
         if argv and argv[0] in COMMANDS:
-            return import_module(f".{argv[0]}", __package__).main(argv[1:], prog=f"{prog} {argv[0]}")
+            return import_module(f".{argv[0]}", __package__).main(argv[1:], prog=prog)
         return _bench(_parser(prog).parse_args(argv))
+    except CaptureFailed as error:
+        print(f"{prog}: a CUDA graph could not be captured, try --events ({error})", file=sys.stderr)
+        return SPOILT
     except (FastBertError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
@@ -79,9 +87,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--cases", type=_range, metavar="A:B", help="only cases A to B - 1; the first tell the most")
     parser.add_argument("--sweep", action="store_true", help="time what a kernel's launch_config could answer")
     parser.add_argument("--profile", action="store_true", help="show where the time goes; measure and write nothing")
-    parser.add_argument("--rounds", type=int, help="turns of each provider; default: 50, on a CPU 10")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after this time")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: as PyTorch decides")
+    parser.add_argument("--events", action="store_true", help="launch steps from Python, replay no CUDA graphs")
+    parser.add_argument("--rounds", type=_positive, help="turns of each provider; default: 50, on a CPU 10")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after this time")
+    parser.add_argument("--threads", type=_positive, help="CPU threads; default: as PyTorch decides")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="append rows to FOLDER/<device>.jsonl")
     return parser
 
@@ -96,6 +105,12 @@ def _size(text: str) -> tuple[str, int | float | str]:
         except ValueError:
             continue
     return name, value
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def _range(text: str) -> slice:
@@ -113,12 +128,38 @@ def cases(benchmark: Benchmark, options: argparse.Namespace, device: str, cuda: 
     unknown = sorted(set(own) - set(shapes[0]))
     if unknown:
         raise ConfigError(f"--shape: {benchmark.op} has no {', '.join(unknown)}, but {', '.join(shapes[0])}")
+    for name, size in own.items():
+        _check_size(name, size, shapes[0][name])
     if own:
         shapes = [{**shapes[0], **own}]
     dtypes = options.dtypes or benchmark.dtypes(cuda)
     narrow = [Case(shape, dtype, device) for shape in shapes for dtype in dtypes if dtype != "fp32"]
     wide = [Case(shape, "fp32", device) for shape in (shapes[:1] if narrow else shapes) if "fp32" in dtypes]
     return (narrow + wide)[options.cases or slice(None)]
+
+
+def _check_size(name: str, size: int | float | str, like: int | float | str) -> None:
+    if isinstance(like, str):
+        return  # the benchmark knows what it may be
+    least, largest = RANGES.get(name, (1, float("inf")))
+    whole = isinstance(like, int)
+    if isinstance(size, str) or (whole and not isinstance(size, int)) or not least <= size <= largest:
+        kind = "a whole number of at least 1" if whole else f"a number from {least:g} to {largest:g}"
+        raise ConfigError(f"--shape: got {name}={size}, expected {kind}")
+
+
+def _check_names(chosen: dict[str, Benchmark], todo: dict[str, list[Case]], options: argparse.Namespace) -> None:
+    """Something is left to measure of what was asked for."""
+    found = [case for cases in todo.values() for case in cases]
+    if not found:
+        raise ConfigError("--cases: no case is left; --list shows them")
+    modes = sorted({mode for benchmark in chosen.values() for mode in benchmark.modes})
+    if options.modes and not set(options.modes) & set(modes):
+        raise ConfigError(f"--modes: got {' '.join(options.modes)}, but {', '.join(chosen)}: {', '.join(modes)}")
+    names = {p.name: None for name, b in chosen.items() for case in todo[name] for p in b.providers(case)}
+    for asked in options.providers or ():
+        if not any(name.startswith(asked) for name in names):
+            raise ConfigError(f"--providers: got {asked!r}, expected one of {', '.join(names)}")
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -130,6 +171,7 @@ def _bench(options: argparse.Namespace) -> int:
     if options.sweep:
         chosen = {name: Sweep(benchmark) for name, benchmark in chosen.items()}
     todo = {name: cases(benchmark, options, device, cuda) for name, benchmark in chosen.items()}
+    _check_names(chosen, todo, options)
     if options.list:
         for name, benchmark in chosen.items():
             _describe(benchmark, todo[name])
@@ -140,18 +182,21 @@ def _bench(options: argparse.Namespace) -> int:
         providers=options.providers,
         rounds=options.rounds or (50 if cuda else 10),
         deadline=time.monotonic() + 60 * options.minutes,
+        graphs=not options.events,
     )
     if options.profile:
         for name, benchmark in chosen.items():
             for table in profiles(benchmark, todo[name], settings):
                 print(table, flush=True)
         return 0
-    print(", ".join(f"{name} {value}" for name, value in rows.environment(device).items() if value is not None))
-    wrong = 0
+    environment = rows.environment(device)
+    if cuda and options.out and not environment["commit"]:
+        raise ConfigError("--out: rows without a commit are no evidence; without git history set FASTBERT_COMMIT")
+    print(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None), flush=True)
+    wrong, table = 0, Table()
     with tqdm(bar_format="{desc} [{elapsed}]", leave=False, disable=None) as bar:
-        table = Table()
         dtypes = {case.dtype for cases in todo.values() for case in cases}
-        runner = Runner(settings, dtypes, bar.set_description_str)
+        runner = Runner(settings, dtypes, _print_progress if bar.disable else bar.set_description_str)
         measured = (runner.rows(benchmark, todo[name]) for name, benchmark in chosen.items())
         for row in chain(runner.ceiling_rows(), *measured):
             if options.out:
@@ -163,6 +208,11 @@ def _bench(options: argparse.Namespace) -> int:
     if wrong:
         print(f"{wrong} of fastbert's own rows are wrong or failed: see above", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _print_progress(text: str) -> None:
+    """Where there is no terminal: a log in which a hang can be seen."""
+    print(f"... {text}", file=sys.stderr, flush=True)
 
 
 def _usable(device: str) -> bool:

@@ -6,8 +6,9 @@
 #   SLICE    all         names of slices, or all
 #   DEVICE   cuda        cpu: a rehearsal with tiny shapes and Triton's interpreter
 #   OUT      benchmarks/results (with DEVICE=cpu: build/rehearsal), where rows are added to <device>.jsonl
-#   MINUTES  8           for each slice
+#   MINUTES  8           for each slice, the installation counted to the first
 #   ARGS                 words for every step: of pytest in correctness and sanitize, else of `fastbert bench`
+#   FASTBERT_COMMIT      the commit, where the checkout is a copy without its history
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -17,14 +18,23 @@ MINUTES=${MINUTES:-8}
 ARGS=${ARGS:-}
 if [ "$DEVICE" = cpu ]; then OUT=${OUT:-build/rehearsal}; else OUT=${OUT:-benchmarks/results}; fi
 if [ "$SLICE" = all ]; then SLICE=; fi
+export PYTHONUNBUFFERED=1
 
 # Again only if something that it compiles has changed since, or another PyTorch is to run it.
-stamp=build/gpu-installed
+stamp=build/gpu-installed log=build/gpu-install.log
 torch=$("$PYTHON" -c 'import sys, torch; print(sys.executable, torch.__version__, torch.__file__)')
 if [ "$(cat "$stamp" 2>/dev/null)" != "$torch" ] || [ -n "$(find csrc setup.py pyproject.toml -newer "$stamp")" ]; then
     echo "installing into $("$PYTHON" -c 'import sys; print(sys.prefix)') and compiling: some minutes with nvcc"
-    "$PYTHON" -m pip --disable-pip-version-check install --no-index --no-build-isolation --check-build-dependencies --no-deps --editable .
     mkdir -p build
-    echo "$torch" >"$stamp"
+    rm -f "$stamp" "$log"
+    "$PYTHON" -m pip --disable-pip-version-check install --log "$log" \
+        --no-index --no-build-isolation --check-build-dependencies --no-deps --editable .
+    if "$PYTHON" -m benchmarks.slices --check-extension --device "$DEVICE"; then
+        echo "$torch" >"$stamp"
+    else
+        grep -v '^ *Ignoring\|^$' "$log" | tail -n 60
+        echo "the extension is not as it should be: above is the end of $log; going on without it"
+    fi
 fi
-exec "$PYTHON" -m benchmarks.slices $SLICE --device "$DEVICE" --minutes "$MINUTES" --out "$OUT" -- $ARGS
+# shellcheck disable=SC2086
+exec "$PYTHON" -m benchmarks.slices $SLICE --device "$DEVICE" --minutes "$MINUTES" --spent "$SECONDS" --out "$OUT" -- $ARGS

@@ -7,6 +7,8 @@ Timing. Every provider of a case has several sets of inputs, which it takes in t
 each other, in an order that rotates. On a GPU a step is captured as a CUDA graph where that is possible and replayed
 between two events; before each replay a buffer of FLUSH bytes is read, which leaves the L2 cache full of clean lines of
 something else (writing it would leave dirty ones, whose way to memory would be timed too) and lets the host run ahead.
+A step that waits for the device cannot be captured, and a capture that fails can leave the process unusable: so a
+warm-up in which PyTorch forbids waiting decides first.
 """
 
 import gc
@@ -25,6 +27,7 @@ from statistics import median, quantiles
 import torch
 
 from fastbert.errors import BackendError
+from fastbert.testing import Mismatch
 
 from . import ceilings
 from .ceilings import Work
@@ -33,12 +36,16 @@ from .rows import FAILED, MEASURED, MISSING, WRONG, environment, package_version
 FLUSH = 256 * 2**20  # bytes; five times the L2 cache of an H100
 INPUT_BYTES = 2**28  # what the sets of inputs of one case may take together; every set also keeps a forward's memory
 OURS = "fastbert"
-NOT_COMPARABLE = "not comparable"
+NOT_CHECKED = "not checked: it computes something else"
 Step = Callable[[], object]
 
 
 class Missing(Exception):
     """A provider is not installed or not built, or cannot express what is asked; the message says which."""
+
+
+class CaptureFailed(Exception):
+    """A step that seemed fit for a CUDA graph was not, and nothing that this process still measures can be trusted."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,8 @@ class Provider:
     """Somebody's implementation: make(case) returns a function of the case's inputs, or raises Missing.
 
     package: where it comes from, if not from PyTorch or fastbert. gpu: whether it needs one. arrange: the inputs as
-    this provider takes them, outside of the time. comparable: False if it computes something else by design, so that it
-    cannot be checked.
+    this provider takes them, outside of the time. comparable: False if it computes something else by design, so that
+    its time is nobody's rival; checked: False if what it computes cannot be checked either.
     """
 
     name: str
@@ -82,6 +89,7 @@ class Provider:
     gpu: bool = False
     arrange: Callable[[dict], dict] = field(default=_as_they_are)
     comparable: bool = True
+    checked: bool = True
 
     @property
     def ours(self) -> bool:
@@ -116,12 +124,16 @@ class Benchmark(ABC):
         """Fresh arguments of the op."""
 
     @abstractmethod
-    def check(self, provider: Provider, case: Case) -> str:
-        """What agreed. Raises AssertionError if something did not."""
+    def check(self, provider: Provider, op: Callable, case: Case) -> str:
+        """What agreed of op, which is provider.make(case). Raises Mismatch if something did not."""
 
     @abstractmethod
     def step(self, op: Callable, inputs: dict, mode: str) -> Step:
         """A function that runs `op` once in the mode."""
+
+    def rest(self, op: Callable) -> None:
+        """Give back what one step of `op` leaves for the next, so that the memory it takes is all seen."""
+        return
 
     @abstractmethod
     def work(self, case: Case, mode: str) -> Work:
@@ -134,13 +146,15 @@ class Benchmark(ABC):
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for all cases of a run. deadline: by time.monotonic(); no case is begun after it."""
+    """What holds for all cases of a run. deadline: by time.monotonic(); after it no case, provider or mode is begun.
+    graphs: whether steps may be CUDA graphs."""
 
     device: str = "cpu"
     modes: Sequence[str] | None = None
     providers: Sequence[str] | None = None
     rounds: int = 10
     deadline: float = float("inf")
+    graphs: bool = True
 
     @property
     def cuda(self) -> bool:
@@ -161,7 +175,7 @@ class Runner:
         self.clock = GpuClock(settings.device) if settings.cuda else CpuClock()
         self.every_row = {"run": uuid.uuid4().hex[:12], **environment(settings.device)}
         progress("measuring the ceilings of the device")
-        self.ceilings = ceilings.measure(self.clock.time, settings.device, sorted(dtypes))
+        self.ceilings = ceilings.measure(self.clock, settings.device, sorted(dtypes))
 
     def ceiling_rows(self) -> Iterator[dict]:
         for dtype in self.ceilings.flops:
@@ -169,65 +183,88 @@ class Runner:
             yield about | {"ceilings": self.ceilings.row(dtype)} | self.every_row
 
     def rows(self, benchmark: Benchmark, cases: Sequence[Case]) -> Iterator[dict]:
-        """A row per case, mode and provider, each as soon as it is there; if time ran out, one that says what is left
-        out."""
+        """A row per case, mode and provider, each as soon as it is there; what time ran out for is a row too."""
         for number, case in enumerate(cases):
-            if time.monotonic() > self.settings.deadline:
-                left = {"status": MISSING, "reason": f"out of time: {'; '.join(map(str, cases[number:]))}"}
+            if self._late:
+                left = _out_of_time("; ".join(map(str, cases[number:])))
                 yield {"op": benchmark.op, "provider": "all"} | left | self.every_row
                 return
             for row in self._case(benchmark, case):
                 yield row | self.every_row
             self._release()
 
+    @property
+    def _late(self) -> bool:
+        return time.monotonic() > self.settings.deadline
+
     def _case(self, benchmark: Benchmark, case: Case) -> Iterator[dict]:
         ready = {}
         for provider in filter(self.settings.wants, benchmark.providers(case)):
+            if self._late:
+                yield _about(benchmark, case, provider) | _out_of_time("not checked")
+                continue
             self.progress(f"{benchmark.op} {case}: checking {provider.name}")
             with _reasons() as failure:
                 if provider.gpu and not case.cuda:
                     raise Missing("needs an NVIDIA GPU")
                 op = provider.make(case)
-                checked = benchmark.check(provider, case) if provider.comparable else NOT_COMPARABLE
-                ready[provider] = op, checked
+                ready[provider] = op, benchmark.check(provider, op, case) if provider.checked else NOT_CHECKED
             if failure:
                 yield _about(benchmark, case, provider) | failure
             self._release()
-        sets = Sets(benchmark, case)
+        with _reasons() as failure:
+            sets = Sets(benchmark, case)
+        if failure:
+            yield {"op": benchmark.op, "provider": "all", "shape": dict(case.shape), "dtype": case.dtype} | failure
+            return
         for mode in self.settings.modes_of(benchmark):
             self.progress(f"{benchmark.op} {case}: timing {mode}")
             yield from self._mode(benchmark, case, mode, ready, sets)
             self._release()
 
     def _mode(self, benchmark: Benchmark, case: Case, mode: str, ready: Mapping, sets: "Sets") -> Iterator[dict]:
-        steps, rows = {}, {}
-        for provider, (op, checked) in ready.items():
-            row = _about(benchmark, case, provider) | {"mode": mode}
+        prepared: dict[Provider, list[Prepared]] = {}
+        rows = {provider: _about(benchmark, case, provider) | {"mode": mode} for provider in ready}
+        for provider, (op, _) in ready.items():
+            if self._late:
+                yield rows[provider] | _out_of_time("not timed")
+                continue
             with _reasons() as failure:
                 makers = [partial(benchmark.step, op, inputs, mode) for inputs in sets.of(provider)]
-                made, peaks = zip(*(self.clock.prepare(make, benchmark.graph) for make in makers), strict=True)
-                timer = {"checked": checked, "timer": self.clock.kind(made), "rounds": self.settings.rounds}
-                steps[provider] = made
-                rows[provider] = row | {"status": MEASURED, "peak_mib": peaks[0]} | timer
+                graphs = benchmark.graph and self.settings.graphs
+                prepared[provider] = [self.clock.prepare(make, graphs, partial(benchmark.rest, op)) for make in makers]
             if failure:
-                yield row | failure
+                yield rows[provider] | failure
                 self._release()
-        times = time_in_turns(steps, self.settings.rounds, self.clock.time)
-        work = benchmark.work(case, mode)
-        floor, by = self.ceilings.floor_us(work, case.dtype)
+        steps = {provider: [each.step for each in found] for provider, found in prepared.items()}
+        times, failures = time_in_turns(steps, self.settings.rounds, self.clock.time)
+        for provider, failure in failures.items():
+            yield rows[provider] | failure
+        timers = {provider: _timer(prepared[provider]) for provider in times}
         for provider, found in times.items():
-            p50 = median(found)
-            rivals = [median(times[other]) for other in times if other.rivals(provider)]
-            figures = percentiles(found) | {
-                "tflops": work.flops / p50 / 1e6,
-                "gb_per_s": work.bytes / p50 / 1e3,
-                "floor_us": floor,
-                "percent_of_floor": 100 * floor / p50,
-                "ratio": min(rivals) / p50 if rivals else None,
-                **benchmark.figures(case, mode, p50),
-            }
-            rounded = {key: None if value is None else float(f"{value:.5g}") for key, value in figures.items()}
-            yield rows[provider] | rounded | {"floor_by": by, "ceilings": self.ceilings.row(case.dtype)}
+            rivals = [
+                median(times[other])
+                for other in times
+                if other.rivals(provider) and timers[other]["timer"] == timers[provider]["timer"]
+            ]
+            about = {"status": MEASURED, "checked": ready[provider][1], "comparable": provider.comparable}
+            about |= timers[provider] | {"rounds": self.settings.rounds, "peak_mib": prepared[provider][0].peak_mib}
+            yield rows[provider] | about | self._figures(benchmark, case, mode, found, rivals)
+
+    def _figures(self, benchmark: Benchmark, case: Case, mode: str, times: list[float], rivals: list[float]) -> dict:
+        """The columns with numbers, to five digits."""
+        work, p50 = benchmark.work(case, mode), median(times)
+        floor, by = self.ceilings.floor_us(work, case.dtype)
+        figures = percentiles(times) | {
+            "tflops": work.flops / p50 / 1e6,
+            "gb_per_s": work.bytes / p50 / 1e3,
+            "floor_us": floor,
+            "percent_of_floor": 100 * floor / p50,
+            "ratio": min(rivals) / p50 if rivals else None,
+            **benchmark.figures(case, mode, p50),
+        }
+        rounded = {key: None if value is None else float(f"{value:.5g}") for key, value in figures.items()}
+        return rounded | {"floor_by": by, "ceilings": self.ceilings.row(case.dtype)}
 
     def _release(self) -> None:
         """Give back what failed or finished providers hold: graphs and their memory wait for the collector."""
@@ -252,10 +289,11 @@ class Sets:
         return self._arranged[provider.arrange]
 
 
-def time_in_turns(steps: Mapping, rounds: int, clock: Callable[[Step], float]) -> dict:
-    """Microseconds by name, one for each round, in which every name has a turn with the next of its steps."""
+def time_in_turns(steps: Mapping, rounds: int, clock: Callable[[Step], float]) -> tuple[dict, dict]:
+    """(microseconds by name, one for each round, in which every name has a turn with the next of its steps; the status
+    and reason of those that failed, whose turns ended there)."""
     names = list(steps)
-    times = {name: [] for name in names}
+    times, failures = {name: [] for name in names}, {}
     turns = {name: itertools.cycle(steps[name]) for name in names}
     gc.collect()
     gc.disable()
@@ -263,12 +301,17 @@ def time_in_turns(steps: Mapping, rounds: int, clock: Callable[[Step], float]) -
         for number in range(-1, rounds):  # the first round warms up
             shift = number % max(len(names), 1)
             for name in names[shift:] + names[:shift]:
-                elapsed = clock(next(turns[name]))
-                if number >= 0:
-                    times[name].append(elapsed)
+                if name in failures:
+                    continue
+                with _reasons() as failure:
+                    elapsed = clock(next(turns[name]))
+                    if number >= 0:
+                        times[name].append(elapsed)
+                if failure:
+                    failures[name] = failure
     finally:
         gc.enable()
-    return times
+    return {name: found for name, found in times.items() if name not in failures}, failures
 
 
 def percentiles(times: Sequence[float]) -> dict[str, float]:
@@ -277,16 +320,29 @@ def percentiles(times: Sequence[float]) -> dict[str, float]:
     return {"p20_us": fifths[1], "p50_us": fifths[4], "p80_us": fifths[7]}
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A step that was made and warmed up, how it is timed, and the MiB that it allocates; why it is no graph."""
+
+    step: Step
+    timer: str
+    peak_mib: float | None = None
+    no_graph: str | None = None
+
+
+def _timer(prepared: Sequence[Prepared]) -> dict[str, str]:
+    """The columns timer and, for steps that were to be graphs, no_graph."""
+    slowest = next((each for each in prepared if each.timer != "graph"), prepared[0])
+    return {"timer": slowest.timer} | ({"no_graph": slowest.no_graph} if slowest.no_graph else {})
+
+
 class CpuClock:
     """Wall time of a step."""
 
-    def prepare(self, make: Callable[[], Step], graph: bool) -> tuple[Step, None]:
+    def prepare(self, make: Callable[[], Step], graph: bool, rest: Callable[[], None]) -> Prepared:
         step = make()
         step()
-        return step, None
-
-    def kind(self, _steps: Sequence[Step]) -> str:
-        return "clock"
+        return Prepared(step, "clock")
 
     def time(self, step: Step) -> float:
         start = time.perf_counter()
@@ -303,34 +359,32 @@ class GpuClock:
         # Graphs share their memory: they are replayed one after another, and nobody reads what they leave.
         self.pool = torch.cuda.graph_pool_handle()
 
-    def prepare(self, make: Callable[[], Step], graph: bool) -> tuple[Step, float]:
-        """The step, as a CUDA graph if it can be one, and the MiB that it allocates. It is made and warmed up on the
-        stream on which it is captured, where a backward follows its forward."""
+    def prepare(self, make: Callable[[], Step], graph: bool, rest: Callable[[], None]) -> Prepared:
+        """The step, as a CUDA graph if it may and can be one. It is made and warmed up on the stream on which it is
+        captured, where a backward follows its forward."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             step = make()
-            for _ in range(2):
-                step()
+            step()
+            rest()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             step()
             peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+            waits = _waits(step) if graph else None
         torch.cuda.synchronize()
-        return (self._captured(step) if graph else step), peak
+        if graph and not waits:
+            return Prepared(self._captured(step), "graph", peak)
+        return Prepared(step, "events", peak, waits)
 
     def _captured(self, step: Step) -> Step:
         replayed = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(replayed, pool=self.pool, stream=self.stream):
                 step()
-        except Exception:
-            torch.cuda.synchronize()
-            return step
+        except Exception as error:
+            raise CaptureFailed(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
         return replayed.replay
-
-    def kind(self, steps: Sequence[Step]) -> str:
-        graphs = [isinstance(getattr(step, "__self__", None), torch.cuda.CUDAGraph) for step in steps]
-        return "graph" if all(graphs) else "events"
 
     def time(self, step: Step) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -340,6 +394,18 @@ class GpuClock:
         end.record()
         end.synchronize()
         return 1e3 * start.elapsed_time(end)
+
+
+def _waits(step: Step) -> str | None:
+    """What makes the host wait for the device in this step; None if nothing does."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        return " ".join(str(error).split())[:200]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return None
 
 
 def _about(benchmark: Benchmark, case: Case, provider: Provider) -> dict:
@@ -358,17 +424,23 @@ def _reasons() -> Iterator[dict[str, str]]:
         warnings.simplefilter("always")
         try:
             yield failure
+        except CaptureFailed:
+            raise
         except Exception as error:
             status, kind = FAILED, f"{type(error).__name__}: "
             if isinstance(error, Missing | BackendError | ModuleNotFoundError):
                 status, kind = MISSING, ""
-            elif isinstance(error, AssertionError):
+            elif isinstance(error, Mismatch):
                 status, kind = WRONG, ""
             said = " ".join(str(error).split())
             if status == FAILED:
                 warnings_said = (re.sub(r"\(Triggered internally.*", "", str(w.message)) for w in warned)
                 said += "".join(f" ({' '.join(text.split())})" for text in warnings_said if "ernel" in text)
             failure |= {"status": status, "reason": (kind + said)[:500]}
+
+
+def _out_of_time(what: str) -> dict[str, str]:
+    return {"status": MISSING, "reason": f"out of time: {what}"}
 
 
 def _tensors(values: Iterable) -> Iterator[torch.Tensor]:

@@ -34,7 +34,11 @@ class LinearCrossEntropyBenchmark(OpBenchmark):
         return {}
 
     def small(self, case: Case) -> Case:
-        return case.but(T=min(case["T"], 200), V=min(case["V"], 1000))
+        return case if case.cuda else case.but(T=min(case["T"], 200), V=min(case["V"], 1000))
+
+    def checked_form(self, op: Callable, case: Case) -> Callable:
+        """The loss times 50 T: the gradients of a mean are so small that the rounding of 1 would hide them."""
+        return lambda **inputs: op(**inputs) * (50 * case["T"])
 
     def inputs(self, case: Case, seed: int) -> dict:
         generator = generator_on(case.device, seed)

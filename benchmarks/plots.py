@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from fastbert.errors import MissingDependencyError
 
-from .harness import NOT_COMPARABLE, OURS
+from .harness import OURS
 from .rows import file_name
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _draw_lengths(series: Sequence["Comparison"], title: str) -> "Figure":
     figure = Figure(figsize=(3 * len(modes) + 3.4, 4.5), layout="constrained")
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
-    styles = _styles({row["provider"]: row["checked"] for found in series for row in found.rows})
+    styles = _styles({row["provider"]: row["comparable"] for found in series for row in found.rows})
     for axes, mode in zip(panels, modes, strict=True):
         found = sorted((f for f in series if f["mode"] == mode), key=lambda f: f["shape"]["L"])
         for provider, style in styles.items():
@@ -157,14 +157,14 @@ def _draw_lengths(series: Sequence["Comparison"], title: str) -> "Figure":
     return figure
 
 
-def _styles(checked: dict[str, str]) -> dict[str, dict]:
+def _styles(comparable: dict[str, bool]) -> dict[str, dict]:
     """How each provider is drawn: ours first and in blue, the others by name."""
-    ours = sorted((name for name in checked if name.startswith(OURS)), reverse=True)  # triton, torch, cuda
+    ours = sorted((name for name in comparable if name.startswith(OURS)), reverse=True)  # triton, torch, cuda
     styles = {}
     for name, face in zip(ours, cycle((BLUE, "white")), strict=False):
         styles[name] = {"color": BLUE, "marker": "o", "markerfacecolor": face, "linewidth": 2.4, "zorder": 4}
-    for name, color, marker in zip(sorted(set(checked) - set(ours)), cycle(MUTED), cycle(MARKERS), strict=False):
-        dotted = ":" if checked[name] == NOT_COMPARABLE else "-"
+    for name, color, marker in zip(sorted(set(comparable) - set(ours)), cycle(MUTED), cycle(MARKERS), strict=False):
+        dotted = "-" if comparable[name] else ":"
         styles[name] = {"color": color, "marker": marker, "linestyle": dotted, "linewidth": 1.3, "zorder": 3}
     return {name: {"markersize": 5, **style} for name, style in styles.items()}
 

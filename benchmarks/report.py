@@ -25,10 +25,10 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
-from fastbert.errors import ConfigError, DataError, MissingFileError
+from fastbert.errors import BackendError, ConfigError, DataError, MissingFileError
 
 from . import cli, plots, rows
-from .harness import NOT_COMPARABLE, OURS, Case
+from .harness import OURS, Case
 from .models import CPU_SIZES
 from .plots import duration, sizes
 from .rows import FAILED, MEASURED, MISSING, WRONG
@@ -38,10 +38,10 @@ OUT = "--out benchmarks/results"
 GPUS = ("NVIDIA H100", "NVIDIA H200")  # listed as not yet measured until they have rows
 FIGURE = re.compile(r"-|[\d.]+( us| ms| s)?")
 MARKER, END = re.compile(r"<!-- report: (.*) -->"), "<!-- end -->"
-CLAIM = ("commit", "date")  # what every row needs
-FIGURES = ("run", "shape", "dtype", "checked", "p20_us", "p50_us", "p80_us")  # what a measured row needs besides
+CLAIM = ("commit", "date", "torch")  # what every row needs
+FIGURES = "run shape dtype checked comparable timer p20_us p50_us p80_us floor_us floor_by percent_of_floor".split()
 NOT_YET = "not yet measured"
-NO_KERNEL = ("kernel for it yet", "has no such backend")  # how the reason of a backend ends that nobody has written
+NO_KERNEL = ("kernel for it yet", "has no such backend")  # how an op ends what it says of a backend nobody has written
 
 
 @dataclass(frozen=True)
@@ -56,25 +56,27 @@ class Comparison:
 
     @property
     def ours(self) -> dict | None:
-        """Our fastest."""
-        return _fastest(row for row in self.rows if row["provider"].startswith(OURS))
+        """Our fastest that computes all of it."""
+        return _fastest(row for row in self.rows if row["provider"].startswith(OURS) and row["comparable"])
 
     @property
     def rival(self) -> dict | None:
-        """The fastest that is not ours and computes the same."""
-        return _fastest(row for row in self.rows if not row["provider"].startswith(OURS) and _comparable(row))
+        """The fastest that is not ours, computes the same and was timed in the same way."""
+        rivals = (row for row in self.rows if not row["provider"].startswith(OURS) and row["comparable"])
+        return _fastest(row for row in rivals if self.ours is None or row["timer"] == self.ours["timer"])
 
     @property
     def others(self) -> list[dict]:
-        """Those that compute something else."""
-        return [row for row in self.rows if not _comparable(row)]
+        """Those that compute something else or less."""
+        return [row for row in self.rows if not row["comparable"]]
 
     def named(self, provider: str) -> list[dict]:
         return [row for row in self.rows if row["provider"] == provider]
 
     def ratio(self, row: dict | None) -> float | None:
-        """How many times as fast the row is as the fastest rival."""
-        return self.rival["p50_us"] / row["p50_us"] if row and self.rival else None
+        """How many times as fast the row is as the fastest rival, if both were timed in the same way."""
+        same = row and self.rival and row["timer"] == self.rival["timer"]
+        return self.rival["p50_us"] / row["p50_us"] if same else None
 
 
 @dataclass(frozen=True)
@@ -118,21 +120,26 @@ class Results:
 
 
 def read(folder: Path) -> list[dict]:
-    """All rows of a folder, oldest first. Raises DataError for one that cannot stand behind a figure."""
+    """All rows of a folder, oldest first. Raises DataError for one that cannot stand behind a figure; among the results
+    of the project that is also one of changes that were not committed."""
     if not folder.is_dir():
         raise MissingFileError(f"{folder}: no such folder")
-    return sorted(rows.read(folder), key=lambda row: _claim(row)["date"])
+    clean = folder.resolve() == rows.RESULTS
+    return sorted(rows.read(folder), key=lambda row: _claim(row, clean)["date"])
 
 
-def _claim(row: dict) -> dict:
+def _claim(row: dict, clean: bool) -> dict:
     """The row, if it can stand behind a figure."""
     name = f"{rows.file_name(row['device'])}: {row['op']}, {row['provider']}, {row.get('dtype')}, {row.get('shape')}"
     if "Triton interpreted" in row["device"]:
         raise DataError(f"{name}: an interpreted kernel says nothing about speed; remove the file")
-    needed = CLAIM + (FIGURES if row["status"] == MEASURED and row.get("mode") else ())
+    machine = "driver" if row.get("threads") is None else "threads"
+    needed = [*CLAIM, machine, *(FIGURES if row["status"] == MEASURED and row.get("mode") else ())]
     lacking = [column for column in needed if row.get(column) in (None, "")]
     if lacking:
         raise DataError(f"{name}, {row.get('mode')}: no {' and no '.join(lacking)}, so no figure can rest on it")
+    if clean and row["commit"].endswith("+"):
+        raise DataError(f"{name}: measured with changes that were not committed ({row['commit']})")
     return row
 
 
@@ -142,10 +149,6 @@ def _case(row: dict) -> tuple[str, ...]:
 
 def _fastest(found: Iterable[dict]) -> dict | None:
     return min(found, key=lambda row: row["p50_us"], default=None)
-
-
-def _comparable(row: dict) -> bool:
-    return row["checked"] != NOT_COMPARABLE
 
 
 @cache
@@ -211,8 +214,8 @@ def ops(results: Results) -> str:
 MODEL = {"B": 2, "L": 512, **CPU_SIZES, "dropout": 0.0}
 FAMILIES = {"bert": "BERT", "albert": "ALBERT", "roformer": "RoFormer", "nezha": "NEZHA"}
 PARTS = {
-    "all logits": ("masked_lm", "fastbert-logits"),
-    "labelled logits only": ("masked_lm", "fastbert"),
+    "all logits": ("masked_lm", "fastbert"),
+    "labelled logits only": ("masked_lm", "fastbert-labelled"),
     "encoder without head": ("encoder", "fastbert"),
 }
 FILLS = {"no padding": 1.0, "half of the batch padding": 0.5}
@@ -252,12 +255,18 @@ def status(results: Results) -> str:
         on_cpu, dtypes = benchmark.dtypes(cuda=False), benchmark.dtypes(cuda=True)
         for provider in benchmark.providers(Case(_first_shape(name, cuda=True), dtypes[0])):
             found = [row for row in results.rows if (row["op"], row["provider"]) == (benchmark.op, provider.name)]
-            standing = partial(_standing, found, provider.name)
+            unwritten = provider.ours and name in cli.OPS and _is_unwritten(name, provider.name)
             same = defaultdict(list)
             for dtype in dtypes if provider.ours else ():
-                cells = (
-                    standing(dtype, *device) if device[1] or dtype in on_cpu else "-" for device in devices.items()
-                )
+                cells = []
+                for device, gpu in devices.items():
+                    ran = [row for row in found if (row["device"], row.get("dtype")) == (device, dtype)]
+                    said = _standing(ran, benchmark.modes, _first_shape(name, gpu))
+                    if said == NOT_YET and unwritten:
+                        said = "no kernel yet"
+                    elif said == NOT_YET and not gpu:
+                        said = "needs a GPU" if provider.name == f"{OURS}-triton" else said if dtype in on_cpu else "-"
+                    cells.append(said)
                 same[tuple(cells)].append(dtype)
             for cells, group in same.items():
                 command = f"`fastbert bench {name} --dtypes {' '.join(group)} {OUT}`" if NOT_YET in cells else "-"
@@ -265,30 +274,53 @@ def status(results: Results) -> str:
     return _markdown(["op", "ours", "dtype", *devices, "command"], lines)
 
 
-def _standing(found: Sequence[dict], provider: str, dtype: str, device: str, gpu: bool) -> str:
-    """What the rows of a provider of ours, oldest first, say about a dtype on a device."""
-    ran = [r for r in found if r["device"] == device and r.get("dtype") == dtype and r["status"] != MISSING]
-    if ran:
-        newest = [row for row in ran if row["run"] == ran[-1]["run"]]
-        worst = min(newest, key=lambda row: (WRONG, FAILED, MEASURED).index(row["status"]))
-        return f"{worst['status']} {worst['date']}, {worst['commit']}"
-    if found and found[-1]["status"] == MISSING and found[-1]["reason"].endswith(NO_KERNEL):
-        return "no kernel yet"
-    return NOT_YET if gpu or provider != f"{OURS}-triton" else "needs a GPU"
+def _standing(found: Sequence[dict], modes: Sequence[str], first_shape: dict) -> str:
+    """What the rows of a provider on a device and in a dtype, oldest first, say: of every shape the newest run. It is
+    measured when every mode of the first shape is."""
+    newest: dict[str, list[dict]] = {}
+    for row in found:
+        if row["status"] != MISSING:
+            shape = json.dumps(row["shape"], sort_keys=True)
+            if newest.get(shape, [{"run": None}])[0]["run"] != row["run"]:
+                newest[shape] = []
+            newest[shape].append(row)
+    for row in (row for group in newest.values() for row in group if row["status"] in (WRONG, FAILED)):
+        return f"{row['status']} {row['date']}, {row['commit']}"
+    first = newest.get(json.dumps(first_shape, sort_keys=True))
+    if not first:
+        return NOT_YET
+    missing = set(modes) - {row["mode"] for row in first}
+    what = f"measured but for {', '.join(sorted(missing))}" if missing else "measured"
+    return f"{what} {first[0]['date']}, {first[0]['commit']}"
+
+
+@cache
+def _is_unwritten(name: str, provider: str) -> bool:
+    """Whether the op itself says that nobody has written this backend yet."""
+    benchmark = cli.load(name)
+    case = Case(_first_shape(name, cuda=False) | benchmark.tiny, "fp32")
+    [chosen] = (each for each in benchmark.providers(case) if each.name == provider)
+    try:
+        chosen.make(case)(**benchmark.inputs(case, seed=0))
+    except BackendError as error:
+        return str(error).endswith(NO_KERNEL)
+    return False
 
 
 def tests(results: Results) -> str:
-    """What the tests said on each GPU: the newest row of each file."""
+    """What the tests said on each GPU: of each file and tool the newest row."""
     lines = []
     for device, gpu in (results.devices | _gpus_without_rows(results)).items():
         found = [row for row in results.rows if row["device"] == device and row["op"] == "tests"]
-        newest = {row["shape"]["file"]: row for row in found}
-        for file, row in newest.items():
-            counts = [str(row[column]) for column in ("passed", "failed", "skipped")]
-            lines.append([device, file, *counts, f"{row['seconds']:.0f}", f"{row['commit']}, {row['date']}"])
+        newest = {(row["provider"], row["shape"]["file"]): row for row in found}
+        for (tool, file), row in newest.items():
+            said = "ended well" if row["status"] == MEASURED else f"{row['status']}: {row['reason']}"
+            chosen = f"{file} {row['words']}".strip()
+            counts = [str(row.get(column, "-")) for column in ("passed", "failed", "skipped")]
+            lines.append([device, tool, chosen, said, *counts, f"{row['commit']}, {row['date']}"])
         if gpu and not newest:
-            lines.append([device, "not yet run", *"-----"])
-    return _markdown(["device", "tests", "passed", "failed", "skipped", "seconds", "commit, date"], lines)
+            lines.append([device, "-", "-", "not yet run", *"----"])
+    return _markdown(["device", "tool", "tests", "", "passed", "failed", "skipped", "commit, date"], lines)
 
 
 def _gpus_without_rows(results: Results) -> dict[str, bool]:

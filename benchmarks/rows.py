@@ -8,14 +8,17 @@ Columns, in this order:
     status, reason        measured; missing (not installed, not built, cannot express it); failed; wrong (did not agree
                           with float64); and why. Only "measured" has numbers
     checked               what agreed before anything was timed
+    comparable            false: it computes something else or less, so that its time is nobody's rival
     timer, rounds         graph: replays of a CUDA graph; events: launches from Python; clock: the CPU's
+    no_graph              why a step that was to be a graph is none
     p20_us, p50_us, p80_us
     tflops, gb_per_s      useful operations and needed bytes per second, at the median
     floor_us, floor_by    the shortest time that the ceilings of the same run allow, and which of them sets it
     percent_of_floor      100 floor / median
-    peak_mib              memory allocated beyond the inputs (bwd: beyond what the forward saved); null on a CPU
-    ratio                 median of the fastest other provider / own median: above 1 is faster. Others that compute
-                          something else do not count, nor, for fastbert's providers, other ones of fastbert
+    peak_mib              memory that a step allocates: of an op beyond its inputs (bwd: and beyond what the forward
+                          saved), of a model beyond parameters and optimizer state; null on a CPU
+    ratio                 median of the fastest rival / own median: above 1 is faster. A rival is comparable, was timed
+                          the same way and, for fastbert's providers, is not fastbert's
     ceilings              what moving memory, matrix products and exp2 reached on the device at the start of the run
     run                   the same for all that took turns with each other
     device, driver, threads, python, torch, triton, cuda, transformers, commit, date

@@ -68,8 +68,8 @@ class Sweep(Benchmark):
             for config in configurations
         ]
 
-    def check(self, provider: Provider, case: Case) -> str:
-        return provider.make(case).during(self.inner.check)(self._triton(case), case)
+    def check(self, provider: Provider, op: Configured, case: Case) -> str:
+        return op.during(self.inner.check)(self._triton(case), op.op, case)
 
     def _triton(self, case: Case) -> Provider:
         return next(p for p in self.inner.providers(case) if p.name == f"{OURS}-triton")

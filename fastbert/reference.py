@@ -104,7 +104,7 @@ def relative_attention(
         q, k, v = _hide_padding(q, k, v, mask)
         i = torch.arange(q.shape[1], device=q.device)
         offset = (i[None, :] - i[:, None]).clamp(-max_relative_position, max_relative_position)
-        a = sinusoids(max_relative_position, q.shape[-1]).to(q)[offset + max_relative_position]
+        a = sinusoids(max_relative_position, q.shape[-1], _tables_on(q)).to(q)[offset + max_relative_position]
         scores = (torch.einsum("bihd,bjhd->bhij", q, k) + torch.einsum("bihd,ijd->bhij", q, a)) * _scale(scale, q)
         p = _dropped_probabilities(scores, mask, dropout_p, seed, first)
         return torch.einsum("bhij,bjhd->bihd", p, v) + torch.einsum("bhij,ijd->bihd", p, a)
@@ -119,24 +119,29 @@ def rotate(x: Tensor, theta: float, interleaved: bool = True) -> Tensor:
     (k, k + D/2). Angles come from float64, the arithmetic is float32 at least, the result has x's dtype.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    position = torch.arange(x.shape[1], dtype=torch.float64, device="cpu")
-    angle = torch.outer(position, _frequencies(x.shape[-1], theta))[:, None]
+    position = torch.arange(x.shape[1], dtype=torch.float64, device=_tables_on(x))
+    angle = torch.outer(position, _frequencies(x.shape[-1], theta, position.device))[:, None]
     cos, sin = angle.cos().to(wide), angle.sin().to(wide)
     a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
     pair = a * cos - b * sin, b * cos + a * sin
     return (torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)).to(x.dtype)
 
 
-def sinusoids(max_relative_position: int, head_dim: int) -> Tensor:
+def sinusoids(max_relative_position: int, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
     """NEZHA's table T, float64 [2R + 1, D]: T[r, 2k] = sin(r theta_k) and T[r, 2k + 1] = cos(r theta_k), with
     theta_k = 10000^(-2k/D)."""
-    row = torch.arange(2 * max_relative_position + 1, dtype=torch.float64, device="cpu")
-    angle = torch.outer(row, _frequencies(head_dim, 10000.0))
+    row = torch.arange(2 * max_relative_position + 1, dtype=torch.float64, device=device)
+    angle = torch.outer(row, _frequencies(head_dim, 10000.0, device))
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 
-def _frequencies(head_dim: int, theta: float) -> Tensor:
-    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
+def _frequencies(head_dim: int, theta: float, device: torch.device | str) -> Tensor:
+    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+
+
+def _tables_on(x: Tensor) -> torch.device | str:
+    """Where tables in float64 are made: on a GPU, which need not wait for the CPU then; else on the CPU, which has it."""
+    return x.device if x.is_cuda else "cpu"
 
 
 def _scale(scale: float | None, q: Tensor) -> float:

@@ -2,7 +2,7 @@
 the package imports it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,29 +33,36 @@ class Comparison:
         return f"{self.name}: error {self.error:.3e}, bound {self.bound:.3e}, yardstick {self.yardstick:.3e}{verdict}"
 
 
-def compare(op: Callable, reference: Callable, inputs: Mapping[str, Any], *, seed: int = 0) -> list[Comparison]:
+class Mismatch(AssertionError):
+    """An op does not do what the reference does."""
+
+
+def compare(
+    op: Callable, reference: Callable, inputs: Mapping[str, Any], *, seed: int = 0, poison: bool = True
+) -> list[Comparison]:
     """Hold `op(**inputs)` to the tolerance rule against `reference(**inputs)`, in every output and every gradient.
 
     The truth is the reference in float64, the yardstick the reference in the dtype of the inputs. An error may be twice
     the yardstick's, plus FLOOR. Outputs are a tensor or nested lists and tuples of tensors; so may inputs be.
     Gradients are those of every tensor in `inputs` that requires one, for random output gradients drawn from `seed`.
-    The op gets its inputs with their strides; while it runs, fresh memory is filled with NaN. An op that writes to its
+    The op gets its inputs with their strides; while it runs, fresh memory is filled with NaN, unless `poison` is False
+    (the filling needs PyTorch's deterministic mode, for which torch.compile compiles anew). An op that writes to its
     inputs comes wrapped in a function that clones them, one with arguments of its own as a functools.partial.
 
-    Returns a Comparison for each output ("output", or "output[0]", ...) and gradient ("grad q"). Raises AssertionError
-    with the whole table if one is out of bounds.
+    Returns a Comparison for each output ("output", or "output[0]", ...) and gradient ("grad q"). Raises Mismatch with
+    the whole table if one is out of bounds.
     """
     dtype = _coarsest(inputs)
     wide = {name: _map(_widen, value) for name, value in inputs.items()}
     truth = _run(reference, wide, seed, dtype)
     yardstick = _run(reference, inputs, seed, dtype)
-    with _poisoned_memory():
+    with _poisoned_memory() if poison else nullcontext():
         result = _run(op, inputs, seed, dtype)
     if result.keys() != truth.keys():
-        raise AssertionError(f"outputs and gradients: got {', '.join(result)}, expected {', '.join(truth)}")
+        raise Mismatch(f"outputs and gradients: got {', '.join(result)}, expected {', '.join(truth)}")
     rows = [_judge(name, truth[name], yardstick[name], result[name], dtype) for name in truth]
     if not all(row.ok for row in rows):
-        raise AssertionError(f"against float64 ({dtype}):\n" + "\n".join(f"  {row}" for row in rows))
+        raise Mismatch(f"against float64 ({dtype}):\n" + "\n".join(f"  {row}" for row in rows))
     return rows
 
 
@@ -123,9 +130,9 @@ def _run(function: Callable, inputs: Mapping[str, Any], seed: int, dtype: torch.
 def _judge(name: str, truth: Tensor, yardstick: Tensor, result: Tensor, dtype: torch.dtype) -> Comparison:
     if result.shape != truth.shape or result.dtype != yardstick.dtype:
         got, expected = (f"{t.dtype} {tuple(t.shape)}" for t in (result, yardstick))
-        raise AssertionError(f"{name}: got {got}, expected {expected}")
+        raise Mismatch(f"{name}: got {got}, expected {expected}")
     if not truth.isfinite().all():
-        raise AssertionError(f"{name}: the float64 reference is not finite")
+        raise Mismatch(f"{name}: the float64 reference is not finite")
     reach = max(1.0, _distance(truth, torch.zeros_like(truth)))
     slack = _distance(yardstick, truth)
     bound = 2 * slack + FLOOR[dtype] * torch.finfo(dtype).eps * reach

@@ -17,7 +17,7 @@ from benchmarks.harness import Case, Provider, Runner, Settings
 from benchmarks.op import OpBenchmark, imported, normal
 from fastbert import ops, reference
 from fastbert.errors import DataError
-from fastbert.testing import compare
+from fastbert.testing import Mismatch, compare
 
 HEADLINE = Case({"B": 32, "L": 512, "H": 12, "D": 64, "dropout": 0.0, "fill": 1.0}, "bf16")
 CEILINGS = Ceilings(bytes=3e12, flops={"fp32": 50e12, "bf16": 800e12}, exps=3.7e12)
@@ -54,7 +54,7 @@ class Gelu(OpBenchmark):
             Provider("fastbert-none", partial(self._ours, "none")),
             Provider("eager", self._eager, package="torch"),
             Provider("wrong", lambda case: half_right),
-            Provider("other", lambda case: half_right, comparable=False),
+            Provider("other", lambda case: half_right, comparable=False, checked=False),
             Provider("broken", lambda case: broken),
             Provider("absent", lambda case: imported("no_such_package.functional", "gelu", "no-such-package")),
             Provider("late", lambda case: late),
@@ -138,10 +138,22 @@ def test_no_case_is_begun_when_time_is_up(quick_ceilings):
 def test_providers_take_turns_in_rotating_order():
     calls = []
     steps = {name: [partial(calls.append, f"{name}{i}") for i in range(2)] for name in "abc"}
-    times = harness.time_in_turns(steps, 3, lambda step: (step(), float(len(calls)))[1])
+    times, failures = harness.time_in_turns(steps, 3, lambda step: (step(), float(len(calls)))[1])
     turns = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
     assert turns == ["c0a0b0", "a1b1c1", "b0c0a0", "c1a1b1"]  # the first warms up
-    assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3, "c": 3}
+    assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3, "c": 3} and failures == {}
+
+
+def test_a_provider_that_fails_in_its_turn_leaves_the_others_theirs():
+    turns = iter(range(100))
+
+    def fails_late():
+        if next(turns) == 2:
+            raise RuntimeError("out of memory")
+
+    times, failures = harness.time_in_turns({"a": [fails_late], "b": [lambda: None]}, 4, lambda step: step() or 1.0)
+    assert failures == {"a": {"status": "failed", "reason": "RuntimeError: out of memory"}}
+    assert times == {"b": [1.0] * 4}
 
 
 @pytest.mark.parametrize("times, expected", [([7.0], [7, 7, 7]), ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3.5, 5])])
@@ -155,8 +167,8 @@ def test_percentiles(times, expected):
 class Straw:
     """torch.cuda as far as GpuClock goes: time passes by 10 in every step, 1000 in a flush."""
 
-    def __init__(self, monkeypatch, capturable=True):
-        self.now, self.capturing, self.log = 0.0, False, []
+    def __init__(self, monkeypatch, capturable=True, waits=False):
+        self.now, self.capturing, self.log, self.waits, self.forbidden = 0.0, False, [], waits, "default"
         straw = self
 
         class Event:
@@ -170,7 +182,7 @@ class Straw:
                 straw.log.append("wait")
 
             def elapsed_time(self, end):
-                return end.at - self.at
+                return end.at - self.at or 1.0
 
         class Graph:
             def replay(self):
@@ -196,6 +208,7 @@ class Straw:
             "current_stream": stream,
             "synchronize": lambda: None,
             "memory_allocated": lambda: 2**20,
+            "set_sync_debug_mode": lambda mode: setattr(straw, "forbidden", mode),
             "max_memory_allocated": lambda: 4 * 2**20,
             "reset_peak_memory_stats": lambda: None,
         }.items():
@@ -205,23 +218,53 @@ class Straw:
         self.clock.buffer = type("Buffer", (), {"sum": lambda _: straw.log.append("flush")})()
 
     def step(self):
+        if self.waits and self.forbidden == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
         self.log.append("captured" if self.capturing else "step")
         self.now += 10
+
+    def prepare(self, graph=True):
+        return self.clock.prepare(lambda: self.step, graph, lambda: self.log.append("rest"))
 
 
 def test_on_a_gpu_a_step_is_captured_flushed_for_and_replayed(monkeypatch):
     straw = Straw(monkeypatch)
-    step, peak = straw.clock.prepare(lambda: straw.step, graph=True)
-    assert straw.log == ["step"] * 3 + ["captured"] and peak == 3
-    assert straw.clock.kind([step]) == "graph" and straw.clock.time(step) == 10_000
-    assert straw.log[4:] == ["flush", "replay", "wait"]
+    prepared = straw.prepare()
+    assert straw.log == ["step", "rest", "step", "step", "captured"] and straw.forbidden == "default"
+    assert (prepared.timer, prepared.peak_mib, prepared.no_graph) == ("graph", 3, None)
+    assert straw.clock.time(prepared.step) == 10_000 and straw.log[5:] == ["flush", "replay", "wait"]
 
 
-def test_on_a_gpu_what_cannot_be_captured_is_launched_and_said_to_be(monkeypatch):
+def test_on_a_gpu_what_waits_for_the_device_is_launched_and_said_to_be(monkeypatch):
+    """And no capture is begun, which would fail and could not be undone."""
+    straw = Straw(monkeypatch, waits=True)
+    prepared = straw.prepare()
+    assert "captured" not in straw.log and straw.forbidden == "default"
+    assert harness._timer([prepared]) == {"timer": "events", "no_graph": "called a synchronizing CUDA operation"}
+    assert straw.clock.time(prepared.step) == 10_000 and straw.log[-3:] == ["flush", "step", "wait"]
+    assert harness._timer([straw.prepare(graph=False)]) == {"timer": "events"}
+
+
+def test_on_a_gpu_a_capture_that_fails_ends_the_process(monkeypatch, quick_ceilings, capsys):
     straw = Straw(monkeypatch, capturable=False)
-    step, _ = straw.clock.prepare(lambda: straw.step, graph=True)
-    assert straw.clock.kind([step]) == "events" and straw.clock.time(step) == 10_000
-    assert straw.log[-3:] == ["flush", "step", "wait"]
+    monkeypatch.setattr(harness, "CpuClock", lambda: straw.clock)
+    bias_gelu = cli.load("bias_gelu")
+    monkeypatch.setattr(bias_gelu, "graph", True)
+    argv = [
+        "bias_gelu",
+        "--device",
+        "cpu",
+        "--tiny",
+        "--rounds",
+        "2",
+        "--providers",
+        "fastbert-torch",
+        "--modes",
+        "fwd",
+    ]
+    assert cli.main(argv) == cli.SPOILT
+    assert "a CUDA graph could not be captured, try --events" in capsys.readouterr().err
+    assert cli.main([*argv, "--events"]) == 0
 
 
 # Floors, by hand.
@@ -291,20 +334,21 @@ def test_every_benchmark_measures_ours_and_theirs(name, quick_ceilings, tmp_path
     """All providers that need neither a compiler nor a GPU, on the tiny shape, with dropout and padding where the op
     has them."""
     benchmark = cli.load(name)
-    plain = ["fastbert", "eager", "torch", "transformers-eager", "transformers-sdpa", "sdpa", "adamw", "rotary"]
+    slow = ("compiled", "flex", "transformers-compiled")
     shapes = [benchmark.shapes(False)[0] | benchmark.tiny]
     if "fill" in shapes[0]:
         shapes.append(shapes[0] | {"B": 3, "fill": 0.6, "dropout": 0.1})
     for shape in shapes:
         sizes = [f"{key}={value}" for key, value in shape.items()]
         argv = [name, "--device", "cpu", "--rounds", "2", "--shape", *sizes, "--out", str(tmp_path), "--providers"]
-        assert cli.main([*argv, *plain]) == 0, capsys.readouterr()
+        names = [p.name for p in benchmark.providers(Case(shape, "fp32")) if p.name not in slow]
+        assert cli.main([*argv, *names]) == 0, capsys.readouterr()
     found = [row for row in rows.read(tmp_path) if row["op"] == benchmark.op]
     measured = {row["provider"] for row in found if row["status"] == "measured"}
     for row in found:
         assert row["status"] in ("measured", "missing") or row["provider"].startswith("sdpa"), row
         if row["status"] == "measured":
-            assert row["checked"] == harness.NOT_COMPARABLE or " of the bound" in row["checked"]
+            assert row["comparable"] is False or " of the bound" in row["checked"]
     assert any(provider.startswith("fastbert") for provider in measured)
     assert any(not provider.startswith("fastbert") for provider in measured)
     assert {row["mode"] for row in found if row["status"] == "measured"} == set(benchmark.modes)
@@ -314,9 +358,32 @@ def test_our_dropout_is_checked_exactly_and_theirs_without_it(monkeypatch):
     """A provider of ours that ignores the seed is caught; a peer with a generator of its own is not asked."""
     case = Case({"B": 1, "L": 32, "H": 1, "D": 8, "dropout": 0.5, "fill": 1.0}, "fp32")
     forgetful = lambda case: lambda q, k, v, seed=None: ops.attention(q, k, v, dropout_p=case["dropout"])  # noqa: E731
-    attention.BENCHMARK.check(Provider("peer", forgetful), case)
-    with pytest.raises(AssertionError, match="too large"):
-        attention.BENCHMARK.check(Provider("fastbert-x", forgetful), case)
+    attention.BENCHMARK.check(Provider("peer", forgetful), forgetful(case), case)
+    with pytest.raises(Mismatch, match="too large"):
+        attention.BENCHMARK.check(Provider("fastbert-x", forgetful), forgetful(case), case)
+
+
+def test_a_mean_loss_does_not_hide_wrong_gradients():
+    """The gradients of a mean over many rows are smaller than the rounding of 1."""
+    benchmark = cli.load("linear_cross_entropy")
+    case = Case(benchmark.shapes(False)[0], "bf16")
+    right = reference.linear_cross_entropy
+    wrong = lambda hidden, weight, bias, labels: right(hidden.detach(), weight, bias, labels)  # noqa: E731
+    benchmark.check(Provider("right", lambda case: right), right, case)
+    with pytest.raises(Mismatch, match="grad hidden: error .*too large"):
+        benchmark.check(Provider("wrong", lambda case: wrong), wrong, case)
+
+
+def test_an_assertion_of_a_peer_is_its_failure_and_no_wrong_result(quick_ceilings):
+    class Asserts(Gelu):
+        def providers(self, case):
+            def op(x, bias):
+                raise AssertionError("inputs must be half")
+
+            return [Provider("peer", lambda case: op)]
+
+    _, [row, *_] = run(Asserts())
+    assert (row["status"], row["reason"]) == ("failed", "AssertionError: inputs must be half")
 
 
 def test_a_model_with_other_weights_is_wrong(quick_ceilings):
@@ -329,8 +396,8 @@ def test_a_model_with_other_weights_is_wrong(quick_ceilings):
             next(found.model.parameters()).mul_(1.01)
         return found
 
-    with pytest.raises(AssertionError, match="gradient norm: error .*too large"):
-        benchmark.check(Provider("other", other), case)
+    with pytest.raises(Mismatch, match="norm of gradients: error .*too large"):
+        benchmark.check(Provider("other", other), other(case), case)
 
 
 # The command.
@@ -346,17 +413,26 @@ def test_a_model_with_other_weights_is_wrong(quick_ceilings):
         (["models", "--shape", "family=gpt"], "family: got 'gpt', expected one of bert, roberta"),
         (["latency", "--shape", "part=head"], "part: got 'head', expected masked_lm or encoder"),
         (["lamb", "--shape", "preset=bert-hug"], "bert-hug"),
+        (["attention", "--shape", "B=1.5"], "--shape: got B=1.5, expected a whole number of at least 1"),
+        (["attention", "--shape", "L=0"], "--shape: got L=0, expected a whole number of at least 1"),
+        (["attention", "--shape", "fill=2"], "--shape: got fill=2, expected a number from 0.5 to 1"),
+        (["attention", "--shape", "dropout=much"], "--shape: got dropout=much, expected a number from 0 to 0.99"),
+        (["attention", "--providers", "sdpa", "nobody"], "--providers: got 'nobody', expected one of fastbert-triton,"),
+        (["attention", "--cases", "99:"], "--cases: no case is left"),
+        (["bias_gelu", "--modes", "step"], "--modes: got step, but bias_gelu: bwd, fwd, fwd+bwd"),
     ],
 )
 def test_says_what_is_wrong(argv, message, capsys, quick_ceilings):
-    assert cli.main([*argv, "--tiny"] if "--shape" not in argv else argv) == 2
+    assert cli.main(argv) == 2
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["--shape", "512"], ["--cases", "x"], ["--dtypes", "fp8"], ["--roundz", "3"]])
+@pytest.mark.parametrize(
+    "argv", ["--shape 512", "--cases x", "--dtypes fp8", "--roundz 3", "--rounds 0", "--rounds -5", "--threads -1"]
+)
 def test_options_that_make_no_sense(argv, capsys):
     with pytest.raises(SystemExit) as error:
-        cli.main(argv)
+        cli.main(argv.split())
     assert error.value.code == 2 and "error" in capsys.readouterr().err
 
 
@@ -444,7 +520,8 @@ def test_bench_is_a_command_of_fastbert(capsys):
 
 def test_ceilings_are_the_best_that_was_seen():
     times = itertools.cycle([5.0, 2.0, 4.0])
-    found = ceilings.measure(lambda step: next(times), "cpu", ["fp32"])
+    clock = type("Clock", (), {"time": lambda self, step: next(times)})()
+    found = ceilings.measure(clock, "cpu", ["fp32"])
     assert found.bytes == pytest.approx(2 * 4 * 2**26 / 2e-6)
     assert found.flops["fp32"] == pytest.approx(2 * 1024**3 / 2e-6)
     assert found.exps == pytest.approx(64 * 2**16 / 2e-6)

@@ -17,7 +17,7 @@ triton = importlib.util.find_spec("triton")
 needs_triton = pytest.mark.skipif(triton is None, reason="triton is not installed")
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.kernel]
 FORMS = ["none", "tanh"]
 MODULE = importlib.import_module("fastbert.ops.bias_gelu")
 TRITON_DTYPES = [torch.float32, torch.float16] + (

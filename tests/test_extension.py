@@ -32,7 +32,7 @@ DEFAULTS = {
 # Sizes of the tensors of a group: empty, scalar, around the vector width and around a chunk.
 GROUPS = [[1], [0, 5, 0], [15, 16, 17], [CHUNK - 1, 3], [CHUNK, CHUNK + 1], [3 * CHUNK + 7, 1, 100]]
 
-pytestmark = [pytest.mark.gpu]
+pytestmark = [pytest.mark.gpu, pytest.mark.kernel]
 try:
     import fastbert._C  # noqa: F401
 except ImportError as error:

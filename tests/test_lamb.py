@@ -15,7 +15,7 @@ from fastbert.ops import lamb
 from fastbert.testing import compare
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.kernel]
 MODULE = importlib.import_module("fastbert.ops.lamb")
 BACKENDS = ["torch", "reference", "cuda"]
 NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs")

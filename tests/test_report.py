@@ -16,7 +16,8 @@ def row(provider="fastbert-torch", p50=100.0, **columns):
     """A measured row of attention on a GPU; columns in place of its own."""
     figures = {"p20_us": 0.95 * p50, "p50_us": p50, "p80_us": 1.1 * p50, "floor_us": 50.0, "floor_by": "matmul"}
     made = {"op": "attention", "provider": provider, "shape": ATTENTION, "dtype": "bf16", "mode": "fwd"}
-    made |= {"status": rows.MEASURED, "checked": "o: at most 0.50 of the bound", "run": "run1"}
+    made |= {"status": rows.MEASURED, "checked": "o: at most 0.50 of the bound", "comparable": True, "run": "run1"}
+    made |= {"timer": "graph"}
     made |= figures | {"percent_of_floor": 5000.0 / p50} | ON_GPU | {"commit": "abc1234", "date": "2026-11-20"}
     return made | columns
 
@@ -45,7 +46,7 @@ def attention_rows(op="attention", dtype="bf16", **columns):
         for number, mode in enumerate(("fwd", "bwd", "fwd+bwd")):
             time = (60 + 0.2 * length) * (1, 2.3, 3.4)[number]
             for provider, factor in providers.items():
-                checked = {"checked": "not comparable"} if provider == "sdpa-plain" else {}
+                checked = {"comparable": provider != "sdpa-plain"}
                 figures = {"floor_us": 0.55 * time, "percent_of_floor": 55 / factor}
                 sizes = {"op": op, "shape": shape, "dtype": dtype, "mode": mode}
                 yield row(provider, time * factor, **(sizes | figures | checked | columns))
@@ -58,11 +59,12 @@ def model_rows(ratios, run="run1", **columns):
         shape |= {"vocab": 21128, "dropout": 0.0, "fill": fill}
         sizes = {"op": "model", "shape": shape, "dtype": "fp32", "mode": "fwd+bwd", "run": run}
         for name, time in ((provider, 600 / ratio), ("transformers-eager", 900.0), ("transformers-sdpa", 600.0)):
-            yield row(name, time, **(sizes | ON_CPU | {"transformers": "5.23.0"} | columns))
+            how = {"timer": "clock", "comparable": name != "fastbert-labelled", "transformers": "5.23.0"}
+            yield row(name, time, **(sizes | ON_CPU | how | columns))
 
 
 def row_of_tests(file, passed, device=H100, **columns):
-    counts = {"passed": passed, "failed": 0, "skipped": 2, "seconds": 31.4}
+    counts = {"passed": passed, "failed": 0, "skipped": 2, "seconds": 31.4, "words": ""}
     return row("pytest", op="tests", shape={"file": file}, dtype=None, mode=None, device=device, **counts, **columns)
 
 
@@ -124,7 +126,7 @@ def test_ratios_are_taken_within_one_run_only():
 
 
 def test_a_rival_that_computes_something_else_is_shown_and_never_wins():
-    plain = row("sdpa-plain", 10.0, checked="not comparable")
+    plain = row("sdpa-plain", 10.0, comparable=False)
     (found,) = results(row(p50=100.0), row("eager", 250.0), plain).comparisons
     assert found.rival["provider"] == "eager" and found.ratio(found.ours) == 2.5
     assert cells(report.summary([found]))[1][-1] == "sdpa-plain 10.0 us"
@@ -198,8 +200,8 @@ def test_ops_has_the_first_shape_of_each_op_only():
 
 def test_models_on_the_cpu_in_the_layout_of_the_readme():
     ratios = {
-        ("bert", "masked_lm", 1.0, "fastbert-logits"): 1.39,
-        ("bert", "masked_lm", 0.5, "fastbert"): 3.48,
+        ("bert", "masked_lm", 1.0, "fastbert"): 1.39,
+        ("bert", "masked_lm", 0.5, "fastbert-labelled"): 3.48,
         ("albert", "encoder", 1.0, "fastbert"): 1.11,
     }
     nezha = {("nezha", "encoder", 0.5, "fastbert"): 2.68}
@@ -243,42 +245,71 @@ def test_the_status_has_every_benchmark_and_the_gpus_to_come():
     found = status_of()
     assert {op for op, _, _ in found} == {*cli.OPS, *cli.MODELS}
     backends = {"fastbert-triton", "fastbert-torch", "fastbert-cuda"}
-    assert {provider for _, provider, _ in found} == backends | {"fastbert", "fastbert-logits"}
+    assert {provider for _, provider, _ in found} == backends | {"fastbert", "fastbert-labelled"}
     for line in found.values():
-        assert line["NVIDIA H100"] == line["NVIDIA H200"] == "not yet measured"
-        assert line["command"].startswith("`fastbert bench ") and "--out benchmarks/results" in line["command"]
+        assert line["NVIDIA H100"] == line["NVIDIA H200"] and line["NVIDIA H100"] in (
+            "not yet measured",
+            "no kernel yet",
+        )
+        if line["NVIDIA H100"] == "not yet measured":
+            assert line["command"].startswith("`fastbert bench ") and "--out benchmarks/results" in line["command"]
+    assert found["bias_gelu", "fastbert-triton", "fp16, bf16, fp32"]["NVIDIA H100"] == "not yet measured"
+    [written] = (line for key, line in found.items() if key[:2] == ("embedding_layer_norm", "fastbert-triton"))
+    assert written["NVIDIA H100"] == "no kernel yet" and written["command"] == "-"
+
+
+def in_every_mode(*found):
+    return [made | {"mode": mode} for made in found for mode in ("fwd", "bwd", "fwd+bwd")]
 
 
 def test_the_status_says_what_was_measured_where():
-    cpu = ON_CPU | {"dtype": "fp32"}
-    found = status_of(row(), row(run="run2", date="2026-11-21", commit="def5678"), row("fastbert-torch", **cpu))
+    cpu = ON_CPU | {"dtype": "fp32", "shape": dict(cli.load("attention").shapes(cuda=False)[0])}
+    newer = row(run="run2", date="2026-11-21", commit="def5678")
+    found = status_of(*in_every_mode(row(), newer, row("fastbert-torch", **cpu)))
     assert found["attention", "fastbert-torch", "bf16"][H100] == "measured 2026-11-21, def5678"
     assert found["attention", "fastbert-torch", "bf16"]["Some CPU"] == "-"
     assert found["attention", "fastbert-torch", "fp32"]["Some CPU"] == "measured 2026-11-20, abc1234"
-    assert found["attention", "fastbert-triton", "fp32"]["Some CPU"] == "needs a GPU"
+    assert found["bias_gelu", "fastbert-triton", "fp16, bf16, fp32"]["Some CPU"] == "needs a GPU"
     assert "NVIDIA H100" not in next(iter(found.values())) and "NVIDIA H200" in next(iter(found.values()))
 
 
 def test_a_row_that_is_wrong_does_not_count_as_measured():
-    wrong = missing("fastbert-torch", status=rows.WRONG, reason="o differs")
-    assert status_of(row(), wrong)["attention", "fastbert-torch", "bf16"][H100] == "wrong 2026-11-20, abc1234"
+    """At any shape, whatever was measured since at another one."""
+    wrong = missing("fastbert-torch", status=rows.WRONG, reason="o differs", shape=ATTENTION | {"L": 9})
+    found = [wrong, *in_every_mode(row(run="run2", date="2026-11-22"))]
+    assert status_of(*found)["attention", "fastbert-torch", "bf16"][H100] == "wrong 2026-11-20, abc1234"
+    mended = in_every_mode(row(run="run3", date="2026-11-23", shape=ATTENTION | {"L": 9}))
+    assert status_of(*found, *mended)["attention", "fastbert-torch", "bf16"][H100] == "measured 2026-11-22, abc1234"
 
 
-def test_a_kernel_that_nobody_wrote_is_listed_as_such_until_it_is_measured():
-    none = missing(reason="backend 'triton' cannot serve attention: there is no Triton kernel for it yet", **ON_CPU)
-    (line,) = [line for key, line in status_of(none).items() if key[:2] == ("attention", "fastbert-triton")][:1]
-    assert line["NVIDIA H100"] == "no kernel yet" and line["command"] == "-"
-    measured = row("fastbert-triton", date="2026-11-22", run="run2")
-    assert status_of(none, measured)["attention", "fastbert-triton", "bf16"][H100] == "measured 2026-11-22, abc1234"
+def test_another_shape_or_one_mode_is_not_yet_the_kernel():
+    elsewhere = in_every_mode(row(shape=ATTENTION | {"B": 1, "L": 8}))
+    assert status_of(*elsewhere)["attention", "fastbert-torch", "fp16, bf16, fp32"][H100] == "not yet measured"
+    found = status_of(row())["attention", "fastbert-torch", "bf16"]
+    assert found[H100] == "measured but for bwd, fwd+bwd 2026-11-20, abc1234"
 
 
 def test_the_tests_that_ran_on_each_gpu():
     old, new = (
         row_of_tests("tests/test_lamb.py", passed, date=date) for passed, date in ((1, "2026-11-20"), (9, "2026-11-21"))
     )
-    lines = cells(report.tests(results(old, new)))[1:]
-    assert lines[0] == [H100, "tests/test_lamb.py", "9", "0", "2", "31", "abc1234, 2026-11-21"]
-    assert lines[1][:2] == ["NVIDIA H200", "not yet run"] and len(lines) == 2
+    watched = row_of_tests("tests/test_lamb.py", 2) | {"provider": "racecheck", "words": "-k view"}
+    killed = row_of_tests("tests/test_x.py", 0) | {"status": rows.FAILED, "reason": "out of time"}
+    del killed["passed"], killed["failed"], killed["skipped"], killed["seconds"]
+    lines = cells(report.tests(results(old, new, watched, killed)))[1:]
+    assert lines == [
+        [H100, "pytest", "tests/test_lamb.py", "ended well", "9", "0", "2", "abc1234, 2026-11-21"],
+        [H100, "racecheck", "tests/test_lamb.py -k view", "ended well", "2", "0", "2", "abc1234, 2026-11-20"],
+        [H100, "pytest", "tests/test_x.py", "failed: out of time", "-", "-", "-", "abc1234, 2026-11-20"],
+        ["NVIDIA H200", "-", "-", "not yet run", "-", "-", "-", "-"],
+    ]
+
+
+def test_times_taken_in_different_ways_are_not_compared():
+    [found] = results(row(), row("eager", 300.0, timer="events"), row("sdpa-flash", 400.0)).comparisons
+    assert found.rival["provider"] == "sdpa-flash" and found.ratio(found.ours) == 4
+    [found] = results(row(), row("eager", 300.0, timer="events")).comparisons
+    assert found.rival is None and found.ratio(found.ours) is None
 
 
 # Markers.

@@ -83,7 +83,7 @@ def test_every_test_that_knows_of_gpus_is_marked():
     """A file that asks for the GPU would otherwise be left out of the correctness slice in silence."""
     asks = [path for path in (ROOT / "tests").glob("test_*.py") if "cuda.is_available()" in path.read_text()]
     assert len(asks) >= 8 and {f"tests/{path.name}" for path in asks} - {"tests/test_slices.py"} == set(
-        slices.test_files()
+        slices.test_files("gpu")
     )
 
 
@@ -97,15 +97,17 @@ def test_every_step_is_a_command_that_bench_knows():
 def test_a_failed_test_is_a_row_and_the_exit_code(tmp_path, monkeypatch):
     """The rows say how many failed; later files run all the same."""
     for name, body in {"a": "assert False", "b": "pass"}.items():
-        (tmp_path / f"test_{name}.py").write_text(f"import pytest\n\n@pytest.mark.gpu\ndef test_it():\n    {body}\n")
+        (tmp_path / f"test_{name}.py").write_text(
+            f"import pytest\n\n@pytest.mark.gpu\n@pytest.mark.kernel\ndef test_it():\n    {body}\n"
+        )
     files = [str(tmp_path / f"test_{name}.py") for name in "ab"]
-    monkeypatch.setattr(slices, "test_files", lambda: files)
+    monkeypatch.setattr(slices, "test_files", lambda mark: files)
     failed = slices.run_slice("correctness", options(tmp_path / "out"))
     assert failed == [f"correctness: {files[0]}: exit code 1"]
     first, second = rows.read(tmp_path / "out")
     assert (first["status"], first["passed"], first["failed"]) == ("failed", 0, 1)
     assert (second["status"], second["passed"], second["failed"]) == ("measured", 1, 0)
-    monkeypatch.setattr(slices, "test_files", lambda: [])
+    monkeypatch.setattr(slices, "test_files", lambda mark: [])
     assert slices.run_slice("correctness", options(tmp_path / "out")) == ["correctness: no test ran"]
 
 
@@ -133,10 +135,12 @@ def test_the_sanitizer_wraps_the_tests(tmp_path, monkeypatch):
         '#!/bin/sh\necho "$2 $HYPOTHESIS_PROFILE $PYTORCH_NO_CUDA_MEMORY_CACHING" >>"$LOG"\nshift 4\n"$@"\n'
     )
     fake.chmod(0o755)
-    (tmp_path / "test_a.py").write_text("import pytest\n\n@pytest.mark.gpu\ndef test_it():\n    pass\n")
+    (tmp_path / "test_a.py").write_text(
+        "import pytest\n\n@pytest.mark.gpu\n@pytest.mark.kernel\ndef test_it():\n    pass\n"
+    )
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("LOG", str(tmp_path / "log"))
-    monkeypatch.setattr(slices, "test_files", lambda: [str(tmp_path / "test_a.py")])
+    monkeypatch.setattr(slices, "test_files", lambda mark: [str(tmp_path / "test_a.py")])
     monkeypatch.setattr(rows, "environment", lambda device: {"device": "GPU", "commit": "c", "date": "d"})
     assert slices.run_slice("sanitize", options(tmp_path / "out", device="cuda")) == []
     assert (tmp_path / "log").read_text() == "".join(f"{tool} sanitize 1\n" for tool in slices.SANITIZERS)
