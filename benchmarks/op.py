@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
 
 from fastbert import ops, reference
 from fastbert.testing import compare
@@ -87,6 +88,7 @@ def autograd_step(op: Callable, inputs: dict, mode: str) -> Step:
 def compiled(function: Callable) -> Callable:
     """torch.compile for exactly the shapes that come, without what was compiled before."""
     torch.compiler.reset()
+    functorch.donated_buffer = False  # or a backward could not be timed again and again on one forward
     return torch.compile(function, dynamic=False)
 
 

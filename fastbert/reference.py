@@ -140,7 +140,7 @@ def _frequencies(head_dim: int, theta: float, device: torch.device | str) -> Ten
 
 
 def _tables_on(x: Tensor) -> torch.device | str:
-    """Where tables in float64 are made: on a GPU, which need not wait for the CPU then; else on the CPU, which has it."""
+    """Where tables in float64 are made: on a GPU, which then need not wait for the CPU; else on the CPU."""
     return x.device if x.is_cuda else "cpu"
 
 
