@@ -33,6 +33,7 @@ from .harness import OURS
 
 ROOT = rows.FOLDER.parent
 NO_TEST = "exit code 5"  # pytest's, where the words after -- choose none of a file
+MARKS = re.compile(r"^pytestmark = (.*)$", re.MULTILINE)
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 # What each measuring slice gives to `fastbert bench`, in order.
 MEASURING = {
@@ -165,10 +166,13 @@ def _steps(name: str, options: Options) -> Iterator[tuple[str, list[str]]]:
 
 
 def test_files(mark: str) -> list[str]:
-    """The files whose tests bear the mark."""
-    marked = re.compile(rf"^pytestmark = .*pytest\.mark\.{mark}\b", re.MULTILINE)
-    found = sorted((ROOT / "tests").glob("test_*.py"))
-    return [str(path.relative_to(ROOT)) for path in found if marked.search(path.read_text(encoding="utf-8"))]
+    """The files whose tests bear the mark, those with kernels of our own first."""
+    marks = {
+        str(path.relative_to(ROOT)): MARKS.findall(path.read_text(encoding="utf-8"))
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+    }
+    marked = [file for file, found in marks.items() if any(f"pytest.mark.{mark}" in each for each in found)]
+    return sorted(marked, key=lambda file: not any("pytest.mark.kernel" in each for each in marks[file]))
 
 
 def _measure(command: list[str], options: Options) -> str | None:
@@ -188,7 +192,8 @@ def _test(name: str, step: str, command: list[str], options: Options) -> str | N
         environment = {"HYPOTHESIS_PROFILE": "sanitize", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        fault = _run([*command, "--junitxml", str(report)], options.seconds, environment)
+        half = options.seconds / 2  # so that a file that hangs leaves something for the others
+        fault = _run([*command, "--junitxml", str(report)], half, environment)
         counts = _counts(report)
     if fault == NO_TEST:
         return fault
