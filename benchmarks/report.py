@@ -252,7 +252,8 @@ def status(results: Results) -> str:
     lines = []
     for name in (*cli.OPS, *cli.MODELS):
         benchmark = cli.load(name)
-        on_cpu, dtypes = benchmark.dtypes(cuda=False), benchmark.dtypes(cuda=True)
+        used = {gpu: benchmark.dtypes(cuda=gpu) for gpu in (True, False)}
+        dtypes = list(dict.fromkeys([*used[True], *used[False]]))
         for provider in benchmark.providers(Case(_first_shape(name, cuda=True), dtypes[0])):
             found = [row for row in results.rows if (row["op"], row["provider"]) == (benchmark.op, provider.name)]
             unwritten = provider.ours and name in cli.OPS and _is_unwritten(name, provider.name)
@@ -264,8 +265,10 @@ def status(results: Results) -> str:
                     said = _standing(ran, benchmark.modes, _first_shape(name, gpu))
                     if said == NOT_YET and unwritten:
                         said = "no kernel yet"
-                    elif said == NOT_YET and not gpu:
-                        said = "needs a GPU" if provider.name == f"{OURS}-triton" else said if dtype in on_cpu else "-"
+                    elif said == NOT_YET and not gpu and provider.name == f"{OURS}-triton":
+                        said = "needs a GPU"
+                    elif said == NOT_YET and dtype not in used[gpu]:
+                        said = "-"
                     cells.append(said)
                 same[tuple(cells)].append(dtype)
             for cells, group in same.items():

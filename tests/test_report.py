@@ -325,6 +325,21 @@ def readme(tmp_path):
     return write
 
 
+def test_the_readmes_hold_what_the_rows_say(bench):
+    """No figure without a row: what stands between the markers is what `fastbert bench report --update` writes."""
+    code, out, error = bench("--check")
+    assert code == 0, f"run: fastbert bench report --plots --update\n{out}{error}"
+    assert "<!-- report: models-cpu -->" in report.FILES[0].read_text(encoding="utf-8")
+
+
+def test_rows_of_the_project_need_a_clean_commit(tmp_path, monkeypatch, bench, folder):
+    where = folder(row(commit="abc1234+"))
+    assert bench("--results", where)[0] == 0
+    monkeypatch.setattr(rows, "RESULTS", where.resolve())
+    code, _, error = bench("--results", where)
+    assert code == 2 and "changes that were not committed (abc1234+)" in error
+
+
 def test_check_fails_after_a_figure_was_edited_by_hand(folder, readme, bench):
     path = readme("# Title\n<!-- report: ops -->\n<!-- end -->\nThe rest\nstays.\n")
     where = folder(row(), row("eager", 250.0))
