@@ -51,6 +51,11 @@ class AttentionBenchmark(OpBenchmark):
         batch = max(1, FLOAT64_SCORES // (heads * per_head)) if case.cuda else 2
         return case.but(B=min(case["B"], batch), H=heads)
 
+    def graphs(self, case: Case, mode: str) -> bool:
+        """Not the backward alone of a forward with dropout: outside of a graph, PyTorch's attention keeps the state of
+        its generator on the host, where a graph of the backward must not look for it."""
+        return not (mode == "bwd" and case["dropout"])
+
     def inputs(self, case: Case, seed: int) -> dict:
         """q, k, v as views of one projection, as a layer's fused projection leaves them; packed where fill < 1."""
         packed, found = case["fill"] < 1, lengths(case)

@@ -31,13 +31,15 @@ class Ceilings:
     """Per second: bytes moved (read plus written), operations of a matrix product by dtype, exp2 in float32.
 
     exps is None where it was not measured (a GPU without Triton); floors then leave exponentials out. launch_us: what
-    a CUDA graph of one kernel that has nothing to do takes between the events: it is in every time, and in no floor.
+    a step of one kernel that has nothing to do takes between the events, launch_random_us, what it takes if it draws a
+    number from PyTorch's generator, whose state is set before a graph is replayed: that is in every time, in no floor.
     """
 
     bytes: float
     flops: dict[str, float]
     exps: float | None
     launch_us: float | None = None
+    launch_random_us: float | None = None
 
     def floor_us(self, work: Work, dtype: str) -> tuple[float, str]:
         """The shortest time for the work in microseconds, and what sets it: memory, matmul or exp."""
@@ -54,10 +56,11 @@ class Ceilings:
             "matmul_tflops": round(self.flops[dtype] / 1e12, 3),
             "exp_g_per_s": None if self.exps is None else round(self.exps / 1e9, 1),
             **({} if self.launch_us is None else {"launch_us": round(self.launch_us, 2)}),
+            **({} if self.launch_random_us is None else {"launch_random_us": round(self.launch_random_us, 2)}),
         }
 
 
-def measure(clock, device: str, dtypes: list[str]) -> Ceilings:
+def measure(clock, device: str, dtypes: list[str], graphs: bool) -> Ceilings:
     """The ceilings of `device`, by a clock of the harness."""
     cuda = device.startswith("cuda")
     source = torch.ones(2**28 if cuda else 2**26, device=device)
@@ -73,8 +76,10 @@ def measure(clock, device: str, dtypes: list[str]) -> Ceilings:
         products[dtype] = 2 * n**3 / _seconds(clock, partial(torch.mm, a, b, out=out))
     if not cuda:
         return Ceilings(moved, products, _exps_on_cpu(clock))
-    nothing = clock.prepare(lambda: torch.zeros(1, device=device).zero_, graph=True, rest=lambda: None)
-    return Ceilings(moved, products, _exps_on_gpu(clock, device), 1e6 * _seconds(clock, nothing.step))
+    number = torch.zeros(1, device=device)
+    empty = (clock.prepare(lambda step=step: step, graphs, lambda: None) for step in (number.zero_, number.normal_))
+    launches = [1e6 * _seconds(clock, each.step) for each in empty]
+    return Ceilings(moved, products, _exps_on_gpu(clock, device), *launches)
 
 
 def _seconds(clock, step: Callable[[], object]) -> float:

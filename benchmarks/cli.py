@@ -27,7 +27,7 @@ from fastbert.errors import ConfigError, FastBertError
 
 from . import rows
 from .ceilings import DTYPES
-from .harness import OURS, Benchmark, CaptureFailed, Case, Runner, Settings
+from .harness import OURS, Benchmark, Case, Runner, Settings, Spoilt
 from .profiles import profiles
 from .sweep import Sweep
 
@@ -50,15 +50,15 @@ RANGES = {"dropout": (0.0, 0.99), "fill": (0.5, 1.0), "labelled": (0.01, 1.0)}
 
 def main(argv: Sequence[str], prog: str = "fastbert bench") -> int:
     """Runs the command and returns its exit code: 0; 1 if one of our own providers was wrong or failed; 2 for an error
-    that the user can mend; SPOILT if a CUDA graph could not be captured and the rest needs another process."""
+    that the user can mend; SPOILT if the rest needs another process."""
     if argv and argv[0] in COMMANDS:
         prog = f"{prog} {argv[0]}"
     try:
         if argv and argv[0] in COMMANDS:
             return import_module(f".{argv[0]}", __package__).main(argv[1:], prog=prog)
         return _bench(_parser(prog).parse_args(argv))
-    except CaptureFailed as error:
-        print(f"{prog}: a CUDA graph could not be captured, try --events ({error})", file=sys.stderr)
+    except Spoilt as error:
+        print(f"{prog}: the GPU needs a new process ({error}); go on with --skip-measured --events", file=sys.stderr)
         return SPOILT
     except (FastBertError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
@@ -85,6 +85,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--shape", nargs="+", type=_size, metavar="SIZE=N", help="in place of the first shape's sizes")
     parser.add_argument("--tiny", action="store_true", help="one small shape: a rehearsal, for Triton's interpreter")
     parser.add_argument("--cases", type=_range, metavar="A:B", help="only cases A to B - 1; the first tell the most")
+    parser.add_argument("--skip-measured", action="store_true", help="leave out what --out holds of this commit")
     parser.add_argument("--sweep", action="store_true", help="time what a kernel's launch_config could answer")
     parser.add_argument("--profile", action="store_true", help="show where the time goes; measure and write nothing")
     parser.add_argument("--events", action="store_true", help="launch steps from Python, replay no CUDA graphs")
@@ -190,6 +191,8 @@ def _bench(options: argparse.Namespace) -> int:
                 print(table, flush=True)
         return 0
     environment = rows.environment(device)
+    if options.skip_measured:
+        todo = {name: _unmeasured(chosen[name], cases, options.out, environment) for name, cases in todo.items()}
     if cuda and options.out and not environment["commit"]:
         raise ConfigError("--out: rows without a commit are no evidence; without git history set FASTBERT_COMMIT")
     print(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None), flush=True)
@@ -208,6 +211,16 @@ def _bench(options: argparse.Namespace) -> int:
     if wrong:
         print(f"{wrong} of fastbert's own rows are wrong or failed: see above", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _unmeasured(benchmark: Benchmark, cases: list[Case], out: Path | None, environment: dict) -> list[Case]:
+    """The cases of whose last mode there is no row of this commit on this device."""
+    if out is None:
+        raise ConfigError("--skip-measured: expected --out, the folder that holds what was measured")
+    path = out / rows.file_name(environment["device"])
+    same = {"op": benchmark.op, "status": rows.MEASURED, "mode": benchmark.modes[-1], "commit": environment["commit"]}
+    found = [row for row in rows.read_file(path) if same.items() <= row.items()] if path.exists() else []
+    return [case for case in cases if not any((r["shape"], r["dtype"]) == (case.shape, case.dtype) for r in found)]
 
 
 def _print_progress(text: str) -> None:

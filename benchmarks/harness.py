@@ -44,8 +44,8 @@ class Missing(Exception):
     """A provider is not installed or not built, or cannot express what is asked; the message says which."""
 
 
-class CaptureFailed(Exception):
-    """A step that seemed fit for a CUDA graph was not, and nothing that this process still measures can be trusted."""
+class Spoilt(Exception):
+    """A capture or a kernel failed in such a way that nothing which this process still measures can be trusted."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Benchmark(ABC):
     modes: tuple[str, ...]
     tiny: dict  # sizes for a rehearsal that an interpreter can do in seconds
     sweep: tuple[str, list[dict]] | None = None  # a file of kernels/, and what its launch_config could answer
-    graph = True  # whether steps are replayed as CUDA graphs; False: launched from Python, as users launch them
+    graph = True  # whether steps may be CUDA graphs; False: launched from Python, as users launch them
 
     @abstractmethod
     def shapes(self, cuda: bool) -> list[dict]:
@@ -138,6 +138,10 @@ class Benchmark(ABC):
     @abstractmethod
     def work(self, case: Case, mode: str) -> Work:
         """What the mode cannot do without."""
+
+    def graphs(self, case: Case, mode: str) -> bool:
+        """Whether the steps of a mode may be CUDA graphs."""
+        return self.graph
 
     def figures(self, case: Case, mode: str, p50_us: float) -> dict[str, float]:
         """Columns of its own."""
@@ -175,7 +179,7 @@ class Runner:
         self.clock = GpuClock(settings.device) if settings.cuda else CpuClock()
         self.every_row = {"run": uuid.uuid4().hex[:12], **environment(settings.device)}
         progress("measuring the ceilings of the device")
-        self.ceilings = ceilings.measure(self.clock, settings.device, sorted(dtypes))
+        self.ceilings = ceilings.measure(self.clock, settings.device, sorted(dtypes), settings.graphs)
 
     def ceiling_rows(self) -> Iterator[dict]:
         for dtype in self.ceilings.flops:
@@ -183,7 +187,8 @@ class Runner:
             yield about | {"ceilings": self.ceilings.row(dtype)} | self.every_row
 
     def rows(self, benchmark: Benchmark, cases: Sequence[Case]) -> Iterator[dict]:
-        """A row per case, mode and provider, each as soon as it is there; what time ran out for is a row too."""
+        """A row per case, mode and provider, each as soon as it is there; what time ran out for is a row too. Raises
+        Spoilt after the row of who did it."""
         for number, case in enumerate(cases):
             if self._late:
                 left = _out_of_time("; ".join(map(str, cases[number:])))
@@ -211,14 +216,15 @@ class Runner:
                 ready[provider] = op, benchmark.check(provider, op, case) if provider.checked else NOT_CHECKED
             if failure:
                 yield _about(benchmark, case, provider) | failure
+                self._stop_if_spoilt()
             self._release()
         with _reasons() as failure:
             sets = Sets(benchmark, case)
         if failure:
             yield {"op": benchmark.op, "provider": "all", "shape": dict(case.shape), "dtype": case.dtype} | failure
+            self._stop_if_spoilt()
             return
         for mode in self.settings.modes_of(benchmark):
-            self.progress(f"{benchmark.op} {case}: timing {mode}")
             yield from self._mode(benchmark, case, mode, ready, sets)
             self._release()
 
@@ -229,17 +235,21 @@ class Runner:
             if self._late:
                 yield rows[provider] | _out_of_time("not timed")
                 continue
+            self.progress(f"{benchmark.op} {case}: preparing {mode} of {provider.name}")
             with _reasons() as failure:
                 makers = [partial(benchmark.step, op, inputs, mode) for inputs in sets.of(provider)]
-                graphs = benchmark.graph and self.settings.graphs
+                graphs = benchmark.graphs(case, mode) and self.settings.graphs
                 prepared[provider] = [self.clock.prepare(make, graphs, partial(benchmark.rest, op)) for make in makers]
             if failure:
                 yield rows[provider] | failure
+                self._stop_if_spoilt()
                 self._release()
+        self.progress(f"{benchmark.op} {case}: timing {mode}")
         steps = {provider: [each.step for each in found] for provider, found in prepared.items()}
-        times, failures = time_in_turns(steps, self.settings.rounds, self.clock.time)
+        times, failures = time_in_turns(steps, self.settings.rounds, self.clock)
         for provider, failure in failures.items():
             yield rows[provider] | failure
+        self._stop_if_spoilt()
         timers = {provider: _timer(prepared[provider]) for provider in times}
         for provider, found in times.items():
             rivals = [
@@ -266,6 +276,10 @@ class Runner:
         rounded = {key: None if value is None else float(f"{value:.5g}") for key, value in figures.items()}
         return rounded | {"floor_by": by, "ceilings": self.ceilings.row(case.dtype)}
 
+    def _stop_if_spoilt(self) -> None:
+        if not self.clock.sound():
+            raise Spoilt("see the row above")
+
     def _release(self) -> None:
         """Give back what failed or finished providers hold: graphs and their memory wait for the collector."""
         gc.collect()
@@ -289,9 +303,9 @@ class Sets:
         return self._arranged[provider.arrange]
 
 
-def time_in_turns(steps: Mapping, rounds: int, clock: Callable[[Step], float]) -> tuple[dict, dict]:
+def time_in_turns(steps: Mapping, rounds: int, clock) -> tuple[dict, dict]:
     """(microseconds by name, one for each round, in which every name has a turn with the next of its steps; the status
-    and reason of those that failed, whose turns ended there)."""
+    and reason of those that failed, whose turns ended there). All turns end with a failure that spoils the process."""
     names = list(steps)
     times, failures = {name: [] for name in names}, {}
     turns = {name: itertools.cycle(steps[name]) for name in names}
@@ -304,11 +318,13 @@ def time_in_turns(steps: Mapping, rounds: int, clock: Callable[[Step], float]) -
                 if name in failures:
                     continue
                 with _reasons() as failure:
-                    elapsed = clock(next(turns[name]))
+                    elapsed = clock.time(next(turns[name]))
                     if number >= 0:
                         times[name].append(elapsed)
                 if failure:
                     failures[name] = failure
+                    if not clock.sound():
+                        return {}, failures
     finally:
         gc.enable()
     return {name: found for name, found in times.items() if name not in failures}, failures
@@ -322,12 +338,14 @@ def percentiles(times: Sequence[float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A step that was made and warmed up, how it is timed, and the MiB that it allocates; why it is no graph."""
+    """A step that was made and warmed up, how it is timed, and the MiB that it allocates; why it is no graph; and what
+    a graph was captured from, for it reads the tensors that live in there."""
 
     step: Step
     timer: str
     peak_mib: float | None = None
     no_graph: str | None = None
+    captured: Step | None = None
 
 
 def _timer(prepared: Sequence[Prepared]) -> dict[str, str]:
@@ -349,6 +367,9 @@ class CpuClock:
         step()
         return 1e6 * (time.perf_counter() - start)
 
+    def sound(self) -> bool:
+        return True
+
 
 class GpuClock:
     """Time on the device between two events around a step, with nothing of its own in the L2 cache."""
@@ -358,6 +379,7 @@ class GpuClock:
         self.stream = torch.cuda.Stream(device)
         # Graphs share their memory: they are replayed one after another, and nobody reads what they leave.
         self.pool = torch.cuda.graph_pool_handle()
+        self.capture_failed = False
 
     def prepare(self, make: Callable[[], Step], graph: bool, rest: Callable[[], None]) -> Prepared:
         """The step, as a CUDA graph if it may and can be one. It is made and warmed up on the stream on which it is
@@ -374,7 +396,7 @@ class GpuClock:
             waits = _waits(step) if graph else None
         torch.cuda.synchronize()
         if graph and not waits:
-            return Prepared(self._captured(step), "graph", peak)
+            return Prepared(self._captured(step), "graph", peak, captured=step)
         return Prepared(step, "events", peak, waits)
 
     def _captured(self, step: Step) -> Step:
@@ -382,18 +404,30 @@ class GpuClock:
         try:
             with torch.cuda.graph(replayed, pool=self.pool, stream=self.stream):
                 step()
-        except Exception as error:
-            raise CaptureFailed(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        except Exception:
+            self.capture_failed = True
+            raise
         return replayed.replay
 
     def time(self, step: Step) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.buffer.sum()
-        start.record()
-        step()
-        end.record()
+        with torch.cuda.stream(self.stream):  # where it was warmed up, and its memory is at hand
+            self.buffer.sum()
+            start.record()
+            step()
+            end.record()
         end.synchronize()
         return 1e3 * start.elapsed_time(end)
+
+    def sound(self) -> bool:
+        """Whether the device still does what it is told: an illegal access, say, stays an error for ever."""
+        if self.capture_failed:
+            return False
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            return False
+        return True
 
 
 def _waits(step: Step) -> str | None:
@@ -424,8 +458,6 @@ def _reasons() -> Iterator[dict[str, str]]:
         warnings.simplefilter("always")
         try:
             yield failure
-        except CaptureFailed:
-            raise
         except Exception as error:
             status, kind = FAILED, f"{type(error).__name__}: "
             if isinstance(error, Missing | BackendError | ModuleNotFoundError):

@@ -51,7 +51,7 @@ def environment(device: str) -> dict[str, object]:
     """The columns that every row ends with. A CPU that interprets Triton's kernels is not the CPU it is."""
     cuda = device.startswith("cuda")
     interpreted = "" if cuda or os.environ.get("TRITON_INTERPRET") != "1" else " (Triton interpreted)"
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0") if cuda else None
+    driver = _driver() if cuda else None
     return {
         "device": torch.cuda.get_device_name(device) if cuda else _cpu_name() + interpreted,
         "driver": driver,
@@ -82,15 +82,20 @@ def write(folder: Path, rows: Iterable[dict]) -> None:
 def read(folder: Path) -> Iterator[dict]:
     """All rows of all devices, oldest first in each file. Raises DataError for a line that is none."""
     for path in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error})") from None
-            missing = {"op", "provider", "status", "device", "commit", "date"} - set(row)
-            if missing:
-                raise DataError(f"{path}, line {number}: no {', '.join(sorted(missing))}")
-            yield row
+        yield from read_file(path)
+
+
+def read_file(path: Path) -> Iterator[dict]:
+    """The rows of a file. Raises DataError for a line that is none."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+        missing = {"op", "provider", "status", "device", "commit", "date"} - set(row)
+        if missing:
+            raise DataError(f"{path}, line {number}: no {', '.join(sorted(missing))}")
+        yield row
 
 
 def package_version(package: str) -> str | None:
@@ -98,6 +103,18 @@ def package_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _driver() -> str | None:
+    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+    if found:
+        return found
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    version = re.search(r"\d+\.\d+(\.\d+)?", text)
+    return version and version[0]
 
 
 def _cpu_name() -> str:

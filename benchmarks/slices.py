@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.out.resolve() == rows.RESULTS:
             print(f"--out: got {options.out}, but a rehearsal measures nothing; choose another folder", file=sys.stderr)
             return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended, as by Ctrl-C
     _describe(options.device)
     failed = _extension_fault(options.device)
     spent = options.spent
@@ -136,7 +137,7 @@ def run_slice(name: str, options: Options) -> list[str]:
         return ["sanitize: compute-sanitizer is not on the PATH"]
     failed, ran = [], False
     for step, command in _steps(name, options):
-        if options.seconds <= 0:
+        if options.seconds <= (GRACE if name in MEASURING else 0):
             failed.append(f"{name}: out of time before {step}")
             break
         print(f"\n--- {step}", flush=True)
@@ -176,13 +177,14 @@ def test_files(mark: str) -> list[str]:
 
 
 def _measure(command: list[str], options: Options) -> str | None:
-    """Runs `fastbert bench`, and without CUDA graphs again if one spoilt the process; returns what went wrong."""
+    """Runs `fastbert bench`, and if that spoilt its process what is left, without graphs; returns what went wrong."""
 
     def run(*more: str) -> str | None:
         return _run([*command, *more, "--minutes", f"{(options.seconds - GRACE) / 60:.2f}"], options.seconds)
 
     fault = run()
-    return run("--events") if fault == f"exit code {cli.SPOILT}" and options.seconds > GRACE else fault
+    again = fault == f"exit code {cli.SPOILT}" and options.seconds > GRACE
+    return run("--events", "--skip-measured") if again else fault
 
 
 def _test(name: str, step: str, command: list[str], options: Options) -> str | None:
@@ -218,7 +220,8 @@ def _counts(report: Path) -> dict[str, float]:
 def _run(command: list[str], seconds: float, environment: dict[str, str] | None = None) -> str | None:
     """Runs a command in the checkout, its output shown as it comes; returns what went wrong."""
     # In a group of its own: what a tool such as compute-sanitizer starts must end with it, or it keeps the GPU.
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **(environment or {})}, start_new_session=True)
+    environment = {**os.environ, **(environment or {})}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, preexec_fn=os.setpgrp)
     try:
         code = process.wait(max(seconds, 1))
     except subprocess.TimeoutExpired:

@@ -43,13 +43,16 @@ class Sweep(Benchmark):
             raise ConfigError(f"--sweep: {benchmark.op} has no launch configurations to choose from")
         self.inner = benchmark
         self.op = f"{benchmark.op} sweep"  # rows of another name: they are no evidence about providers
-        self.modes, self.tiny, self.graph = benchmark.modes, benchmark.tiny, benchmark.graph
+        self.modes, self.tiny = benchmark.modes, benchmark.tiny
 
     def shapes(self, cuda: bool) -> list[dict]:
         return self.inner.shapes(cuda)
 
     def dtypes(self, cuda: bool):
         return self.inner.dtypes(cuda)
+
+    def graphs(self, case: Case, mode: str) -> bool:
+        return self.inner.graphs(case, mode)
 
     def inputs(self, case: Case, seed: int) -> dict:
         return self.inner.inputs(case, seed)

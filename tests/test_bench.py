@@ -1,9 +1,11 @@
 """`fastbert bench`: what is counted and compared, what becomes a row, and every benchmark once, small, on the CPU."""
 
 import contextlib
+import gc
 import itertools
 import json
 import subprocess
+import weakref
 from functools import partial
 
 import pytest
@@ -25,7 +27,7 @@ CEILINGS = Ceilings(bytes=3e12, flops={"fp32": 50e12, "bf16": 800e12}, exps=3.7e
 
 @pytest.fixture
 def quick_ceilings(monkeypatch):
-    monkeypatch.setattr(ceilings, "measure", lambda clock, device, dtypes: CEILINGS)
+    monkeypatch.setattr(ceilings, "measure", lambda clock, device, dtypes, graphs: CEILINGS)
 
 
 class Gelu(OpBenchmark):
@@ -135,10 +137,14 @@ def test_no_case_is_begun_when_time_is_up(quick_ceilings):
     assert row["status"] == "missing" and row["reason"] == "out of time: T=8 I=16 form=none fp32"
 
 
+def clock(time, sound=True):
+    return type("Clock", (), {"time": lambda self, step: time(step), "sound": lambda self: sound})()
+
+
 def test_providers_take_turns_in_rotating_order():
     calls = []
     steps = {name: [partial(calls.append, f"{name}{i}") for i in range(2)] for name in "abc"}
-    times, failures = harness.time_in_turns(steps, 3, lambda step: (step(), float(len(calls)))[1])
+    times, failures = harness.time_in_turns(steps, 3, clock(lambda step: (step(), float(len(calls)))[1]))
     turns = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
     assert turns == ["c0a0b0", "a1b1c1", "b0c0a0", "c1a1b1"]  # the first warms up
     assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3, "c": 3} and failures == {}
@@ -151,9 +157,19 @@ def test_a_provider_that_fails_in_its_turn_leaves_the_others_theirs():
         if next(turns) == 2:
             raise RuntimeError("out of memory")
 
-    times, failures = harness.time_in_turns({"a": [fails_late], "b": [lambda: None]}, 4, lambda step: step() or 1.0)
+    steps = {"a": [fails_late], "b": [lambda: None]}
+    times, failures = harness.time_in_turns(steps, 4, clock(lambda step: step() or 1.0))
     assert failures == {"a": {"status": "failed", "reason": "RuntimeError: out of memory"}}
     assert times == {"b": [1.0] * 4}
+
+
+def test_after_a_failure_that_spoils_the_process_nobody_else_is_blamed():
+    def breaks():
+        raise RuntimeError("an illegal memory access")
+
+    steps = {"a": [lambda: None], "b": [breaks], "c": [breaks]}
+    times, failures = harness.time_in_turns(steps, 4, clock(lambda step: step() or 1.0, sound=False))
+    assert times == {} and len(failures) == 1
 
 
 @pytest.mark.parametrize("times, expected", [([7.0], [7, 7, 7]), ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3.5, 5])])
@@ -235,6 +251,48 @@ def test_on_a_gpu_a_step_is_captured_flushed_for_and_replayed(monkeypatch):
     assert straw.clock.time(prepared.step) == 10_000 and straw.log[5:] == ["flush", "replay", "wait"]
 
 
+def test_on_a_gpu_what_a_graph_was_captured_from_lives_as_long_as_it(monkeypatch):
+    """A replay reads the tensors of the step: freed, they would be somebody else's memory."""
+    straw = Straw(monkeypatch)
+
+    class Saved:
+        """A tensor that only the step holds."""
+
+    def make():
+        saved = Saved()
+        alive.append(weakref.ref(saved))
+        return lambda: saved
+
+    alive = []
+    prepared = straw.clock.prepare(make, True, lambda: None)
+    gc.collect()
+    assert prepared.timer == "graph" and alive[0]() is not None
+    del prepared
+    gc.collect()
+    assert alive[0]() is None
+
+
+def test_on_a_gpu_a_broken_device_is_noticed(monkeypatch):
+    straw = Straw(monkeypatch)
+    assert straw.clock.sound()
+
+    def broken_device():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken_device)
+    assert not straw.clock.sound()
+
+
+def test_a_backward_alone_is_no_graph_if_its_forward_dropped():
+    dropped = HEADLINE.but(dropout=0.1)
+    graphs = {
+        (case["dropout"], mode): attention.BENCHMARK.graphs(case, mode)
+        for case in (HEADLINE, dropped)
+        for mode in Gelu.modes
+    }
+    assert [key for key, may in graphs.items() if not may] == [(0.1, "bwd")]
+
+
 def test_on_a_gpu_what_waits_for_the_device_is_launched_and_said_to_be(monkeypatch):
     """And no capture is begun, which would fail and could not be undone."""
     straw = Straw(monkeypatch, waits=True)
@@ -245,26 +303,23 @@ def test_on_a_gpu_what_waits_for_the_device_is_launched_and_said_to_be(monkeypat
     assert harness._timer([straw.prepare(graph=False)]) == {"timer": "events"}
 
 
-def test_on_a_gpu_a_capture_that_fails_ends_the_process(monkeypatch, quick_ceilings, capsys):
+def test_on_a_gpu_a_capture_that_fails_ends_the_process(monkeypatch, quick_ceilings, tmp_path, capsys):
+    """With a row that says who; what is left can be measured by another process."""
     straw = Straw(monkeypatch, capturable=False)
     monkeypatch.setattr(harness, "CpuClock", lambda: straw.clock)
-    bias_gelu = cli.load("bias_gelu")
-    monkeypatch.setattr(bias_gelu, "graph", True)
-    argv = [
-        "bias_gelu",
-        "--device",
-        "cpu",
-        "--tiny",
-        "--rounds",
-        "2",
-        "--providers",
-        "fastbert-torch",
-        "--modes",
-        "fwd",
-    ]
+    argv = ["bias_gelu", "--device", "cpu", "--tiny", "--rounds", "2", "--providers", "fastbert-torch"]
+    argv += ["--out", str(tmp_path), "--skip-measured"]
     assert cli.main(argv) == cli.SPOILT
-    assert "a CUDA graph could not be captured, try --events" in capsys.readouterr().err
+    assert "the GPU needs a new process" in capsys.readouterr().err
+    [failed] = (row for row in rows.read(tmp_path) if row["op"] == "bias_gelu")
+    assert (failed["provider"], failed["mode"], failed["status"]) == ("fastbert-torch", "fwd", "failed")
+    assert failed["reason"] == "RuntimeError: cannot capture"
+    straw.clock.capture_failed = False  # the other process
     assert cli.main([*argv, "--events"]) == 0
+    measured = [row for row in rows.read(tmp_path) if row["status"] == "measured" and row["op"] == "bias_gelu"]
+    assert {row["timer"] for row in measured} == {"events"} and len(measured) == 3
+    assert cli.main([*argv, "--events"]) == 0  # nothing is left
+    assert len([row for row in rows.read(tmp_path) if row["op"] == "bias_gelu"]) == 4
 
 
 # Floors, by hand.
@@ -520,8 +575,7 @@ def test_bench_is_a_command_of_fastbert(capsys):
 
 def test_ceilings_are_the_best_that_was_seen():
     times = itertools.cycle([5.0, 2.0, 4.0])
-    clock = type("Clock", (), {"time": lambda self, step: next(times)})()
-    found = ceilings.measure(clock, "cpu", ["fp32"])
+    found = ceilings.measure(clock(lambda step: next(times)), "cpu", ["fp32"], graphs=True)
     assert found.bytes == pytest.approx(2 * 4 * 2**26 / 2e-6)
     assert found.flops["fp32"] == pytest.approx(2 * 1024**3 / 2e-6)
     assert found.exps == pytest.approx(64 * 2**16 / 2e-6)
