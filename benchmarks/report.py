@@ -123,7 +123,7 @@ def read(folder: Path) -> list[dict]:
     """All rows of a folder, oldest first. Raises DataError for one that cannot stand behind a figure; among the results
     of the project that is also one of changes that were not committed."""
     if not folder.is_dir():
-        raise MissingFileError(f"{folder}: no such folder")
+        raise MissingFileError(f"{folder}: no such folder; --results names the one that --out wrote to")
     clean = folder.resolve() == rows.RESULTS
     return sorted(rows.read(folder), key=lambda row: _claim(row, clean)["date"])
 
