@@ -3,16 +3,11 @@
 A Benchmark says what is measured (cases, inputs, how much work that is) and who does it (providers); a Runner yields a
 row per provider and mode. What a provider cannot do becomes a row that says so; nothing that a provider raises ends it.
 
-Timing. Every provider of a case has several sets of inputs, which it takes in turn, and the providers take turns with
-each other, in an order that rotates. On a GPU a step is captured as a CUDA graph where that is possible and replayed
-between two events; before each replay a buffer of FLUSH bytes is read, which leaves the L2 cache full of clean lines of
-something else (writing it would leave dirty ones, whose way to memory would be timed too) and lets the host run ahead.
-A step that waits for the device cannot be captured, and a capture that fails can leave the process unusable: so a
-warm-up in which PyTorch forbids waiting decides first.
+Every provider of a case has several sets of inputs, which it takes in turn, and the providers take turns with each
+other, in an order that rotates. How a turn is timed: clocks.py.
 """
 
 import gc
-import itertools
 import re
 import time
 import uuid
@@ -22,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from statistics import median, quantiles
+from statistics import median
 
 import torch
 
@@ -31,13 +26,12 @@ from fastbert.testing import Mismatch
 
 from . import ceilings
 from .ceilings import Work
+from .clocks import CpuClock, GpuClock, Prepared, Step, percentiles, time_in_turns, timer
 from .rows import FAILED, MEASURED, MISSING, WRONG, environment, package_version
 
-FLUSH = 256 * 2**20  # bytes; five times the L2 cache of an H100
 INPUT_BYTES = 2**28  # what the sets of inputs of one case may take together; every set also keeps a forward's memory
 OURS = "fastbert"
 NOT_CHECKED = "not checked: it computes something else"
-Step = Callable[[], object]
 
 
 class Missing(Exception):
@@ -246,11 +240,11 @@ class Runner:
                 self._release()
         self.progress(f"{benchmark.op} {case}: timing {mode}")
         steps = {provider: [each.step for each in found] for provider, found in prepared.items()}
-        times, failures = time_in_turns(steps, self.settings.rounds, self.clock)
-        for provider, failure in failures.items():
-            yield rows[provider] | failure
+        times, errors = time_in_turns(steps, self.settings.rounds, self.clock)
+        for provider, error in errors.items():
+            yield rows[provider] | _reason(error)
         self._stop_if_spoilt()
-        timers = {provider: _timer(prepared[provider]) for provider in times}
+        timers = {provider: timer(prepared[provider]) for provider in times}
         for provider, found in times.items():
             rivals = [
                 median(times[other])
@@ -303,145 +297,6 @@ class Sets:
         return self._arranged[provider.arrange]
 
 
-def time_in_turns(steps: Mapping, rounds: int, clock) -> tuple[dict, dict]:
-    """(microseconds by name, one for each round, in which every name has a turn with the next of its steps; the status
-    and reason of those that failed, whose turns ended there). All turns end with a failure that spoils the process."""
-    names = list(steps)
-    times, failures = {name: [] for name in names}, {}
-    turns = {name: itertools.cycle(steps[name]) for name in names}
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(-1, rounds):  # the first round warms up
-            shift = number % max(len(names), 1)
-            for name in names[shift:] + names[:shift]:
-                if name in failures:
-                    continue
-                with _reasons() as failure:
-                    elapsed = clock.time(next(turns[name]))
-                    if number >= 0:
-                        times[name].append(elapsed)
-                if failure:
-                    failures[name] = failure
-                    if not clock.sound():
-                        return {}, failures
-    finally:
-        gc.enable()
-    return {name: found for name, found in times.items() if name not in failures}, failures
-
-
-def percentiles(times: Sequence[float]) -> dict[str, float]:
-    """p20, p50 and p80, interpolated."""
-    fifths = quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
-    return {"p20_us": fifths[1], "p50_us": fifths[4], "p80_us": fifths[7]}
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A step that was made and warmed up, how it is timed, and the MiB that it allocates; why it is no graph; and what
-    a graph was captured from, for it reads the tensors that live in there."""
-
-    step: Step
-    timer: str
-    peak_mib: float | None = None
-    no_graph: str | None = None
-    captured: Step | None = None
-
-
-def _timer(prepared: Sequence[Prepared]) -> dict[str, str]:
-    """The columns timer and, for steps that were to be graphs, no_graph."""
-    slowest = next((each for each in prepared if each.timer != "graph"), prepared[0])
-    return {"timer": slowest.timer} | ({"no_graph": slowest.no_graph} if slowest.no_graph else {})
-
-
-class CpuClock:
-    """Wall time of a step."""
-
-    def prepare(self, make: Callable[[], Step], graph: bool, rest: Callable[[], None]) -> Prepared:
-        step = make()
-        step()
-        return Prepared(step, "clock")
-
-    def time(self, step: Step) -> float:
-        start = time.perf_counter()
-        step()
-        return 1e6 * (time.perf_counter() - start)
-
-    def sound(self) -> bool:
-        return True
-
-
-class GpuClock:
-    """Time on the device between two events around a step, with nothing of its own in the L2 cache."""
-
-    def __init__(self, device: str):
-        self.buffer = torch.zeros(FLUSH // 4, dtype=torch.int32, device=device)
-        self.stream = torch.cuda.Stream(device)
-        # Graphs share their memory: they are replayed one after another, and nobody reads what they leave.
-        self.pool = torch.cuda.graph_pool_handle()
-        self.capture_failed = False
-
-    def prepare(self, make: Callable[[], Step], graph: bool, rest: Callable[[], None]) -> Prepared:
-        """The step, as a CUDA graph if it may and can be one. It is made and warmed up on the stream on which it is
-        captured, where a backward follows its forward."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            step = make()
-            step()
-            rest()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            step()
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-            waits = _waits(step) if graph else None
-        torch.cuda.synchronize()
-        if graph and not waits:
-            return Prepared(self._captured(step), "graph", peak, captured=step)
-        return Prepared(step, "events", peak, waits)
-
-    def _captured(self, step: Step) -> Step:
-        replayed = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(replayed, pool=self.pool, stream=self.stream):
-                step()
-        except Exception:
-            self.capture_failed = True
-            raise
-        return replayed.replay
-
-    def time(self, step: Step) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.stream(self.stream):  # where it was warmed up, and its memory is at hand
-            self.buffer.sum()
-            start.record()
-            step()
-            end.record()
-        end.synchronize()
-        return 1e3 * start.elapsed_time(end)
-
-    def sound(self) -> bool:
-        """Whether the device still does what it is told: an illegal access, say, stays an error for ever."""
-        if self.capture_failed:
-            return False
-        try:
-            torch.cuda.synchronize()
-        except Exception:
-            return False
-        return True
-
-
-def _waits(step: Step) -> str | None:
-    """What makes the host wait for the device in this step; None if nothing does."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    except RuntimeError as error:
-        return " ".join(str(error).split())[:200]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return None
-
-
 def _about(benchmark: Benchmark, case: Case, provider: Provider) -> dict:
     installed = package_version(provider.package) if provider.package else None
     package = f"{provider.package} {installed}" if installed else None
@@ -459,16 +314,21 @@ def _reasons() -> Iterator[dict[str, str]]:
         try:
             yield failure
         except Exception as error:
-            status, kind = FAILED, f"{type(error).__name__}: "
-            if isinstance(error, Missing | BackendError | ModuleNotFoundError):
-                status, kind = MISSING, ""
-            elif isinstance(error, Mismatch):
-                status, kind = WRONG, ""
-            said = " ".join(str(error).split())
-            if status == FAILED:
-                warnings_said = (re.sub(r"\(Triggered internally.*", "", str(w.message)) for w in warned)
-                said += "".join(f" ({' '.join(text.split())})" for text in warnings_said if "ernel" in text)
-            failure |= {"status": status, "reason": (kind + said)[:500]}
+            failure |= _reason(error, warned)
+
+
+def _reason(error: Exception, warned: Iterable[warnings.WarningMessage] = ()) -> dict[str, str]:
+    """The status and the reason of a row without numbers."""
+    status, kind = FAILED, f"{type(error).__name__}: "
+    if isinstance(error, Missing | BackendError | ModuleNotFoundError):
+        status, kind = MISSING, ""
+    elif isinstance(error, Mismatch):
+        status, kind = WRONG, ""
+    said = " ".join(str(error).split())
+    if status == FAILED:
+        texts = (re.sub(r"\(Triggered internally.*", "", str(w.message)) for w in warned)
+        said += "".join(f" ({' '.join(text.split())})" for text in texts if "ernel" in text)
+    return {"status": status, "reason": (kind + said)[:500]}
 
 
 def _out_of_time(what: str) -> dict[str, str]:

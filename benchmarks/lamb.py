@@ -15,7 +15,8 @@ from fastbert import ops, reference
 from fastbert.testing import compare
 
 from .ceilings import Work
-from .harness import Benchmark, Case, Missing, Provider, Step
+from .clocks import Step
+from .harness import Benchmark, Case, Missing, Provider
 from .op import compiled, generator_on, imported
 
 STEP = {"step": 10, "lr": 1e-3, "weight_decay": 0.01}

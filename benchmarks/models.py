@@ -26,7 +26,8 @@ from fastbert.testing import FLOOR, Comparison, Mismatch
 
 from .attention import lengths
 from .ceilings import DTYPES, Work
-from .harness import Benchmark, Case, Missing, Provider, Step
+from .clocks import Step
+from .harness import Benchmark, Case, Missing, Provider
 from .op import compiled
 
 NAMES = {

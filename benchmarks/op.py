@@ -16,7 +16,8 @@ from fastbert import ops, reference
 from fastbert.testing import compare
 
 from .ceilings import DTYPES
-from .harness import Benchmark, Case, Missing, Provider, Step
+from .clocks import Step
+from .harness import Benchmark, Case, Missing, Provider
 
 
 class OpBenchmark(Benchmark):

@@ -12,7 +12,8 @@ from unittest import mock
 from fastbert.errors import ConfigError
 
 from .ceilings import Work
-from .harness import OURS, Benchmark, Case, Provider, Step
+from .clocks import Step
+from .harness import OURS, Benchmark, Case, Provider
 
 
 @dataclass(frozen=True)
