@@ -50,8 +50,8 @@ def time_in_turns(steps: Mapping, rounds: int, clock) -> tuple[dict, dict]:
 
 def percentiles(times: Sequence[float]) -> dict[str, float]:
     """p20, p50 and p80, interpolated."""
-    fifths = quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
-    return {"p20_us": fifths[1], "p50_us": fifths[4], "p80_us": fifths[7]}
+    tenths = quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
+    return {"p20_us": tenths[1], "p50_us": tenths[4], "p80_us": tenths[7]}
 
 
 @dataclass(frozen=True)
