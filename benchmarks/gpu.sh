@@ -22,7 +22,10 @@ export PYTHONUNBUFFERED=1
 
 # Again only if something that it compiles has changed since, or another PyTorch is to run it.
 stamp=build/gpu-installed log=build/gpu-install.log
-torch=$("$PYTHON" -c 'import sys, torch; print(sys.executable, torch.__version__, torch.__file__)')
+torch=$("$PYTHON" -c 'import sys, torch; print(sys.executable, torch.__version__, torch.__file__)') || {
+    echo "$PYTHON cannot import torch: set PYTHON to the interpreter that has it, as in make gpu PYTHON=/path/to/python" >&2
+    exit 2
+}
 if [ "$(cat "$stamp" 2>/dev/null)" != "$torch" ] || [ -n "$(find csrc setup.py pyproject.toml -newer "$stamp")" ] ||
     ! ls fastbert/_C*.so >/dev/null 2>&1; then
     echo "installing into $("$PYTHON" -c 'import sys; print(sys.prefix)') and compiling: some minutes with nvcc"

@@ -75,6 +75,13 @@ def test_make_gpu_runs_the_tests_that_need_a_gpu(machine, tmp_path):
     assert passed["tests/test_extension.py"] == 1
 
 
+def test_make_gpu_needs_an_interpreter_with_torch(machine, tmp_path):
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
+    done = make_gpu((machine[0], bare / "bin" / "python"), tmp_path, SLICE="lamb")
+    assert done.returncode == 2 and "cannot import torch: set PYTHON to the interpreter that has it" in done.stderr
+
+
 def options(tmp_path, **changes):
     return slices.Options(**{"device": "cpu", "out": tmp_path, "deadline": float("inf"), "more": [], **changes})
 
