@@ -8,8 +8,9 @@
     fastbert bench report                              tables and plots from the rows; see fastbert bench report --help
     fastbert bench static                              what the compiler says, without a GPU; see ... static --help
 
-Every provider is first held to float64 by fastbert.testing.compare; then the providers take turns. A provider that is
-not installed, or cannot express what is asked, is a line that says so. Without --out nothing is written.
+Every provider is first held to float64 by fastbert.testing.compare, but for those that compute something else by
+design and are nobody's rival; then the providers take turns. A provider that is not installed, or cannot express what
+is asked, is a line that says so. Without --out nothing is written.
 """
 
 import argparse
@@ -192,7 +193,10 @@ def _bench(options: argparse.Namespace) -> int:
         return 0
     environment = rows.environment(device)
     if options.skip_measured:
-        todo = {name: _unmeasured(chosen[name], cases, options.out, environment) for name, cases in todo.items()}
+        todo = {
+            name: _unmeasured(benchmark.op, settings.modes_of(benchmark), todo[name], options.out, environment)
+            for name, benchmark in chosen.items()
+        }
     if cuda and options.out and not environment["commit"]:
         raise ConfigError("--out: rows without a commit are no evidence; without git history set FASTBERT_COMMIT")
     print(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None), flush=True)
@@ -213,12 +217,12 @@ def _bench(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _unmeasured(benchmark: Benchmark, cases: list[Case], out: Path | None, environment: dict) -> list[Case]:
+def _unmeasured(op: str, modes: Sequence[str], cases: list[Case], out: Path | None, environment: dict) -> list[Case]:
     """The cases of whose last mode there is no row of this commit on this device."""
     if out is None:
         raise ConfigError("--skip-measured: expected --out, the folder that holds what was measured")
     path = out / rows.file_name(environment["device"])
-    same = {"op": benchmark.op, "status": rows.MEASURED, "mode": benchmark.modes[-1], "commit": environment["commit"]}
+    same = {"op": op, "status": rows.MEASURED, "mode": modes[-1] if modes else None, "commit": environment["commit"]}
     found = [row for row in rows.read_file(path) if same.items() <= row.items()] if path.exists() else []
     return [case for case in cases if not any((r["shape"], r["dtype"]) == (case.shape, case.dtype) for r in found)]
 

@@ -156,5 +156,5 @@ def _waits(step: Step) -> str | None:
 
 def timer(prepared: Sequence[Prepared]) -> dict[str, str]:
     """The columns timer and, for steps that were to be graphs, no_graph."""
-    slowest = next((each for each in prepared if each.timer != "graph"), prepared[0])
-    return {"timer": slowest.timer} | ({"no_graph": slowest.no_graph} if slowest.no_graph else {})
+    least = next((each for each in prepared if each.timer != "graph"), prepared[0])
+    return {"timer": least.timer} | ({"no_graph": least.no_graph} if least.no_graph else {})

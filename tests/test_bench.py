@@ -497,6 +497,16 @@ def test_a_failure_of_ours_is_the_exit_code(monkeypatch, quick_ceilings, capsys)
     assert "fastbert's own rows are wrong or failed" in capsys.readouterr().err
 
 
+def test_what_is_measured_is_skipped_mode_by_mode(quick_ceilings, tmp_path):
+    argv = ["bias_gelu", "--device", "cpu", "--tiny", "--rounds", "2", "--providers", "fastbert-torch"]
+    argv += ["--out", str(tmp_path), "--skip-measured"]
+    count = lambda: sum(row["op"] == "bias_gelu" for row in rows.read(tmp_path))  # noqa: E731
+    for modes, rows_so_far in ((["--modes", "fwd"], 1), (["--modes", "fwd"], 1), ([], 4), ([], 4)):
+        assert cli.main([*argv, *modes]) == 0
+        assert count() == rows_so_far
+    assert cli.main(argv[:-3] + ["--skip-measured"]) == 2  # without --out there is nothing to look at
+
+
 def test_a_list_of_cases_measures_nothing(capsys):
     assert cli.main(["attention", "--list", "--cases", ":1", "--device", "cpu"]) == 0
     line = capsys.readouterr().out.splitlines()[1]
