@@ -6,10 +6,13 @@ environment (`FASTBERT_BACKEND`), the first of these that is set. It then runs, 
 With nothing asked, the first that can serve runs.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+
+import torch
 
 from fastbert.errors import BackendError
 
@@ -65,6 +68,24 @@ def lacks(reason: str) -> Predicate:
     return lambda *_args: reason
 
 
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def triton_cannot_run(device: torch.device) -> str | None:
+    """Why no Triton kernel can run there, or None if one can: on CUDA, and on a CPU in Triton's interpreter."""
+    if not _TRITON_IS_INSTALLED:
+        return "triton is not installed"
+    if device.type != "cuda":
+        interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else f"it would run on {device}, not on CUDA, and TRITON_INTERPRET=1 is not set"
+    capability = _capability(device)
+    return None if capability >= (8, 0) else f"{device} has compute capability {capability}, and Triton needs (8, 0)"
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def _asked(asked: str | None) -> str | None:
     return _asked_around() if asked is None else _known(asked, "backend")
 
@@ -80,6 +101,7 @@ def _asked_around() -> str | None:
 # torch.compile cannot trace a context variable: what holds during compilation stays in the compiled code. This is what
 # torch.compiler.assume_constant_result does, but that imports the whole compiler, and Triton with it.
 _asked_around._dynamo_marked_constant = True
+_capability._dynamo_marked_constant = True
 
 
 def _known(name: str, source: str) -> str:

@@ -1,12 +1,17 @@
 """Which elements dropout keeps. With a seed: the one definition that every backend follows, so that dropped results can
 be compared exactly. Without: PyTorch's generator, read in a way that is fast on a CPU.
 
-Seeded masks come from Philox4x32 (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3; SC 2011)
-with 7 rounds and the key (seed & 0xffffffff, seed >> 32). One call gives 16 bytes: its four words in order, each little
-endian. An element is kept iff its byte >= threshold(p).
+Seeded masks come from Philox (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3; SC 2011) with 7
+rounds. Its words give bytes in order, each little endian. An element is kept iff its byte >= threshold(p).
 
-    attention, element (b, h, i, j):  counter (j // 16, i, h, b), byte j % 16; i and j count within sequence b
-    row ops, element (row, col):      counter (col // 16, row & 0xffffffff, row >> 32, 0), byte col % 16
+Row ops, element (row, col): byte col % 16 of Philox4x32 with the key (seed & 0xffffffff, seed >> 32) at the counter
+(col // 16, row & 0xffffffff, row >> 32, 0).
+
+Attention, element (b, h, i, j), i and j within sequence b: the first three words of Philox4x32 with the same key at
+(h, b, 0, 1) are key, x and y of the head. Philox2x32 with that key at (i' ^ x, j' ^ y) decides over eight elements,
+where i' is i without bits 3 and 4, and j' is j without bit 3: its word number (bit 4 of i), and in it the byte number
+(bit 3 of i) + 2 (bit 3 of j). The matrix units of GPUs give one thread all eight, be they in a tile of queries by keys
+or of keys by queries.
 """
 
 import math
@@ -33,6 +38,15 @@ def philox4x32(counter: Words, seed: int, rounds: int = ROUNDS) -> Words:
     return c0, c1, c2, c3
 
 
+def philox2x32(c0: Tensor, c1: Tensor, key: Tensor, rounds: int = ROUNDS) -> tuple[Tensor, Tensor]:
+    """Two random words for every counter (c0, c1) and key: as philox4x32."""
+    for _ in range(rounds):
+        product = c0 * 0xD256D193
+        c0, c1 = (product >> 32 & _WORD) ^ c1 ^ key, product & _WORD
+        key = key + 0x9E3779B9 & _WORD
+    return c0, c1
+
+
 def threshold(p: float) -> int:
     """Bytes below this are dropped: 256 p, rounded, and never 0 or 256. For 0 < p < 1."""
     return min(max(round(256 * p), 1), 255)
@@ -47,9 +61,10 @@ def attention_keep(
     seed: int, p: float, batch: int, heads: int, length: int, *, first: int = 0, device: torch.device | None = None
 ) -> Tensor:
     """bool [batch, heads, length, length], True where a probability is kept, for sequences first, first + 1, ..."""
-    b, h, i = (torch.arange(n, device=device) for n in (batch, heads, length))
-    j = torch.arange(-(-length // BYTES), device=device)
-    return _kept((j, i[:, None], h[:, None, None], b[:, None, None, None] + first), seed, p, length)
+    sequences = torch.arange(first, first + batch, device=device)
+    if torch.compiler.is_compiling():
+        return _attention_keep_opaque(sequences, heads, length, _signed(seed), p)
+    return _attention_keep(sequences, heads, length, seed, p)
 
 
 def row_keep(seed: int, p: float, rows: int, columns: int, *, device: torch.device | None = None) -> Tensor:
@@ -72,11 +87,34 @@ def random_keep(shape: tuple[int, ...], p: float, *, device: torch.device | None
     return torch.ge(bits, drop - 32768, out=torch.empty_like(bits, dtype=torch.uint8)), 65536 / (65536 - drop)
 
 
+def _signed(seed: int) -> int:
+    """The same 64 bits as an int64."""
+    return seed if seed < 2**63 else seed - 2**64
+
+
 def _kept(counter: Words, seed: int, p: float, columns: int) -> Tensor:
     if torch.compiler.is_compiling():
-        return _kept_opaque(*counter, seed if seed < 2**63 else seed - 2**64, p, columns)
+        return _kept_opaque(*counter, _signed(seed), p, columns)
     words = torch.stack(torch.broadcast_tensors(*philox4x32(counter, seed)), dim=-1)
-    return (words.to(torch.int32).view(torch.uint8).flatten(-2) >= threshold(p))[..., :columns]
+    return (_bytes(words) >= threshold(p)).flatten(-3)[..., :columns]
+
+
+def _bytes(words: Tensor) -> Tensor:
+    """[..., n] words as uint8 [..., n, 4], little endian."""
+    return words.to(torch.int32).view(torch.uint8).unflatten(-1, (words.shape[-1], 4))
+
+
+def _attention_keep(sequences: Tensor, heads: int, length: int, seed: int, p: float) -> Tensor:
+    device = sequences.device
+    h, o, zero = torch.arange(heads, device=device), torch.arange(8, device=device), sequences.new_zeros(())
+    stream = torch.broadcast_tensors(*philox4x32((h, sequences[:, None], zero, zero + 1), seed))
+    key, x, y, _ = (word[:, :, None, None] for word in stream)
+    i, j = ((torch.arange(0, length, step, device=device)[:, None] + o).flatten() for step in (32, 16))
+    # [B, H, i, j, 2, 4], where i lacks bits 3 and 4 and j bit 3
+    decisions = _bytes(torch.stack(philox2x32(i[:, None] ^ x, j ^ y, key), dim=-1)) >= threshold(p)
+    parts = decisions.view(*decisions.shape[:2], -(-length // 32), 8, -(-length // 16), 8, 2, 2, 2)
+    keep = parts.permute(0, 1, 2, 6, 8, 3, 4, 7, 5).flatten(2, 5).flatten(3, 5)
+    return keep[:, :, :length, :length].contiguous()
 
 
 # Compilers must not look inside: fused, the products that wrap are overflows, which C++ takes for impossible (the masks
@@ -91,3 +129,13 @@ def _(c0, c1, c2, c3, seed, p, columns):
     return c0.new_empty(
         (*torch.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)[:-1], columns), dtype=torch.bool
     )
+
+
+@torch.library.custom_op("fastbert::philox_attention_keep", mutates_args=())
+def _attention_keep_opaque(sequences: Tensor, heads: int, length: int, seed: int, p: float) -> Tensor:
+    return _attention_keep(sequences, heads, length, seed, p)
+
+
+@_attention_keep_opaque.register_fake
+def _(sequences, heads, length, seed, p):
+    return sequences.new_empty((sequences.shape[0], heads, length, length), dtype=torch.bool)

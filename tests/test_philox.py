@@ -1,11 +1,12 @@
 """The seeded generator against published answers, and its layout over elements against loops over single counters."""
 
+import itertools
 import shutil
 
 import pytest
 import torch
 
-from fastbert.philox import attention_keep, keep_scale, philox4x32, random_keep, row_keep, threshold
+from fastbert.philox import attention_keep, keep_scale, philox2x32, philox4x32, random_keep, row_keep, threshold
 
 ONES = 0xFFFFFFFF
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)  # digits of pi, as in the authors' test vectors
@@ -35,12 +36,30 @@ def test_known_answers(rounds, counter, seed, expected):
     assert words(counter, seed, rounds) == expected
 
 
+@pytest.mark.parametrize(
+    ("rounds", "counter", "key", "expected"),
+    [
+        (7, (0, 0), 0, (0x257A3673, 0xCD26BE2A)),
+        (7, (ONES, ONES), ONES, (0xAB302C4D, 0x3DC9D239)),
+        (7, PI[:2], PI[2], (0xBEDBBE6B, 0xE4C770B3)),
+        (10, (0, 0), 0, (0xFF1DAE59, 0x6CD10DF2)),
+        (10, (ONES, ONES), ONES, (0x2C3F628B, 0xAB4FD7AD)),
+        (10, PI[:2], PI[2], (0xDD7CE038, 0xF62A4C12)),
+    ],
+)
+def test_known_answers_of_two_words(rounds, counter, key, expected):
+    assert tuple(int(w) for w in philox2x32(*map(torch.tensor, (*counter, key)), rounds)) == expected
+
+
 def test_attention_elements_follow_the_documented_counters():
     seed, p = 0x1234567890ABCDEF, 0.4
-    keep = attention_keep(seed, p, batch=2, heads=3, length=19, first=5)
-    assert keep.shape == (2, 3, 19, 19)
-    for b, h, i, j in ((0, 0, 0, 0), (0, 2, 18, 3), (1, 1, 7, 15), (1, 1, 7, 16), (1, 2, 18, 18)):
-        assert keep[b, h, i, j] == (byte((j // 16, i, h, b + 5), seed, j) >= threshold(p))
+    keep = attention_keep(seed, p, batch=2, heads=3, length=67, first=5)
+    assert keep.shape == (2, 3, 67, 67)
+    for b, h, i, j in itertools.product((0, 1), (0, 2), (0, 7, 8, 16, 31, 45, 66), (0, 3, 8, 15, 16, 66)):
+        key, x, y, _ = words((h, b + 5, 0, 1), seed)
+        pair = philox2x32(*map(torch.tensor, ((i & ~24) ^ x, (j & ~8) ^ y, key)))
+        chosen = int(pair[i >> 4 & 1]) >> 8 * ((i >> 3 & 1) + 2 * (j >> 3 & 1)) & 0xFF
+        assert keep[b, h, i, j] == (chosen >= threshold(p))
 
 
 def test_row_elements_follow_the_documented_counters():

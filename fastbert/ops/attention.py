@@ -3,16 +3,9 @@
 from torch import Tensor
 
 from fastbert import portable, reference
-from fastbert.backend import lacks, pick, serves
-from fastbert.ops import sequences
+from fastbert.ops import fused_attention, sequences
 
-_BACKENDS = {
-    "triton": lacks("there is no Triton kernel for it yet"),
-    "cuda": lacks("there is no CUDA kernel for it yet"),
-    "torch": serves,
-    "reference": serves,
-}
-_TWINS = {"torch": portable.attention, "reference": reference.attention}
+_TWINS = {"triton": fused_attention.attention, "torch": portable.attention, "reference": reference.attention}
 
 
 def attention(
@@ -50,7 +43,11 @@ def attention(
     """
     sequences.check(q, k, v, key_padding_mask, cu_seqlens, max_seqlen, scale, dropout_p, seed)
     return sequences.call(
-        _TWINS[pick("attention", _BACKENDS, backend)],
+        "attention",
+        fused_attention.ON_CUDA,
+        fused_attention.ELSEWHERE,
+        _TWINS,
+        backend,
         q,
         k,
         v,

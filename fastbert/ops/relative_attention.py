@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastbert import portable, reference
-from fastbert.backend import lacks, pick, serves
+from fastbert.backend import lacks, serves
 from fastbert.ops import checks, sequences
 
 _BACKENDS = {
@@ -45,7 +45,11 @@ def relative_attention(
     sequences.check(q, k, v, key_padding_mask, cu_seqlens, max_seqlen, scale, dropout_p, seed, pairs=True)
     checks.number("max_relative_position", max_relative_position, lambda x: x >= 1, "at least 1, an int", whole=True)
     return sequences.call(
-        _TWINS[pick("relative_attention", _BACKENDS, backend)],
+        "relative_attention",
+        _BACKENDS,
+        _BACKENDS,
+        _TWINS,
+        backend,
         q,
         k,
         v,

@@ -5,16 +5,9 @@ import math
 from torch import Tensor
 
 from fastbert import portable, reference
-from fastbert.backend import lacks, pick, serves
-from fastbert.ops import checks, sequences
+from fastbert.ops import checks, fused_attention, sequences
 
-_BACKENDS = {
-    "triton": lacks("there is no Triton kernel for it yet"),
-    "cuda": lacks("there is no CUDA kernel for it yet"),
-    "torch": serves,
-    "reference": serves,
-}
-_TWINS = {"torch": portable.rotary_attention, "reference": reference.rotary_attention}
+_TWINS = {"triton": fused_attention.rotary_attention, "torch": portable.rotary_attention, "reference": reference.rotary_attention}
 
 
 def rotary_attention(
@@ -48,7 +41,11 @@ def rotary_attention(
     sequences.check(q, k, v, key_padding_mask, cu_seqlens, max_seqlen, scale, dropout_p, seed, pairs=True)
     checks.number("theta", theta, lambda x: 0 < x < math.inf, "a positive number")
     return sequences.call(
-        _TWINS[pick("rotary_attention", _BACKENDS, backend)],
+        "rotary_attention",
+        fused_attention.ON_CUDA,
+        fused_attention.ELSEWHERE,
+        _TWINS,
+        backend,
         q,
         k,
         v,

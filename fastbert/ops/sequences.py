@@ -1,11 +1,12 @@
 """What the attention ops share: the checks of their common arguments, and autocast."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from fastbert.backend import Predicate, pick
 from fastbert.errors import ConfigError, DtypeError, ShapeError
 from fastbert.ops import checks
 
@@ -53,15 +54,26 @@ def check(
         checks.shape("key_padding_mask", key_padding_mask, q.shape[:2], "[B, L] of q")
 
 
-def call(twin: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **arguments) -> Tensor:
-    """twin(q, k, v, ...); under autocast with q, k, v in its dtype (float64 stays), and no casts inside."""
+def call(
+    op: str,
+    on_cuda: Mapping[str, Predicate],
+    elsewhere: Mapping[str, Predicate],
+    twins: Mapping[str, Callable[..., Tensor]],
+    asked: str | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    **arguments,
+) -> Tensor:
+    """The twin that is picked, called with q, k, v; under autocast in its dtype (float64 stays), and no casts inside."""
     device = q.device.type
+    predicates = on_cuda if device == "cuda" else elsewhere
     if not torch.is_autocast_enabled(device):
-        return twin(q, k, v, **arguments)
+        return twins[pick(op, predicates, asked, q, arguments["scale"])](q, k, v, **arguments)
     dtype = torch.get_autocast_dtype(device)
     q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
     with torch.autocast(device, enabled=False):
-        return twin(q, k, v, **arguments)
+        return twins[pick(op, predicates, asked, q, arguments["scale"])](q, k, v, **arguments)
 
 
 def check_packed(cu_seqlens: Tensor, max_seqlen: int | None, tokens: int) -> None:
