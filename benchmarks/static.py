@@ -62,9 +62,50 @@ def _gelu() -> Launches:
             yield name, partial(gelu.bias_gelu_bwd, x, x, bias, form)
 
 
+# dtype, head dim, positions, layout, dropout: what models are trained with, and one of each thing that changes code
+ATTENTION = (
+    "float16 64 absolute packed",
+    "bfloat16 64 absolute packed dropout",
+    "bfloat16 64 rotary packed",
+    "float16 64 rotary packed dropout",
+    "float16 64 rotary dense",
+    "float16 64 rotary-values-halves mask dropout",
+    "float16 26 rotary packed dropout",
+    "bfloat16 128 rotary packed dropout",
+    "float32 64 rotary packed dropout",
+)
+
+
+def _attention(shipped: Sequence[str] = ATTENTION) -> Launches:
+    """A forward pass without gradients, and a training step's forward and backward, of each."""
+    import torch
+
+    from fastbert.kernels import attention
+
+    for name in shipped:
+        dtype, head_dim, positions, layout, *dropped = name.split()
+        rows = (1024,) if layout == "packed" else (2, 512)
+        q, k, v = torch.empty(*rows, 3, 12, int(head_dim), dtype=getattr(torch, dtype)).unbind(-3)
+        o, lse = torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty(12, 1024)
+        rotation, values = None, "values" in positions
+        if "rotary" in positions:
+            table = torch.empty(2, 512, int(head_dim) // 2)
+            rotation = attention.Rotation(table, values, "halves" not in positions)
+        mask = torch.empty(2, 512, dtype=torch.bool) if layout == "mask" else None
+        ends = torch.empty(3, dtype=torch.int32) if layout == "packed" else None
+        dropout = attention.Dropout(torch.empty(1, dtype=torch.int64), 26) if dropped else None
+        options = 0.125, attention.Sequences(512, mask, ends), rotation, dropout
+        used_q, used_k = (q, k) if rotation is None and mask is None else (o, o)
+        operands = used_q, used_k, o if values else v
+        if not dropped:
+            yield f"{name}, inference", partial(attention.attention_fwd, q, k, v, *options, False)
+        yield name, partial(attention.attention_fwd, q, k, v, *options, True)
+        yield name, partial(attention.attention_bwd, o, *operands, q, o, lse, *options)
+
+
 # File of kernels/ -> the launches that ship: a name, and a call of the launcher with CPU tensors that nothing reads.
 # Their sizes are multiples of 16, as real ones are: Triton compiles other code for others. A name may come twice.
-CONFIGURATIONS: dict[str, Callable[[], Launches]] = {"gelu": _gelu}
+CONFIGURATIONS: dict[str, Callable[[], Launches]] = {"attention": _attention, "gelu": _gelu}
 
 
 @dataclasses.dataclass

@@ -1,8 +1,6 @@
 """Attention and rotary attention on the Triton kernels of kernels/attention.py: when they serve, autograd, and the
 registered operators that torch.compile sees."""
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -53,6 +51,10 @@ def attention(
     seeds, drop = None, 0
     if dropout_p > 0:
         seeds, drop = _seeds(seed, q.device), threshold(dropout_p)
+    # The kernels turn values in interleaved pairs only. Nobody has published weights of the other kind.
+    by_halves = rotate_value and not interleaved
+    if by_halves:
+        v = v.unflatten(-1, (2, -1)).mT.flatten(-2)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     arguments = (
         *(q, k, v, key_padding_mask, cu_seqlens, seeds, longest, float(scale), drop),
@@ -60,7 +62,8 @@ def attention(
     )
     # A compiler, and tensors that are not plain (fake ones), see a registered operator. It costs microseconds more.
     plain = not torch.compiler.is_compiling() and type(q) in (Tensor, torch.nn.Parameter)
-    return (_Attention.apply if plain else _forward_op)(*arguments)[0]
+    o = (_Attention.apply if plain else _forward_op)(*arguments)[0]
+    return o.unflatten(-1, (-1, 2)).mT.flatten(-2) if by_halves else o
 
 
 def rotary_attention(q: Tensor, k: Tensor, v: Tensor, *, theta: float = 10000.0, **arguments) -> Tensor:

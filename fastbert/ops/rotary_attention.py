@@ -7,7 +7,11 @@ from torch import Tensor
 from fastbert import portable, reference
 from fastbert.ops import checks, fused_attention, sequences
 
-_TWINS = {"triton": fused_attention.rotary_attention, "torch": portable.rotary_attention, "reference": reference.rotary_attention}
+_TWINS = {
+    "triton": fused_attention.rotary_attention,
+    "torch": portable.rotary_attention,
+    "reference": reference.rotary_attention,
+}
 
 
 def rotary_attention(

@@ -65,7 +65,7 @@ def call(
     v: Tensor,
     **arguments,
 ) -> Tensor:
-    """The twin that is picked, called with q, k, v; under autocast in its dtype (float64 stays), and no casts inside."""
+    """The picked twin of q, k, v; under autocast in its dtype (float64 stays), and without casts inside."""
     device = q.device.type
     predicates = on_cuda if device == "cuda" else elsewhere
     if not torch.is_autocast_enabled(device):
