@@ -25,6 +25,19 @@ Operands = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 class AttentionBenchmark(OpBenchmark):
     op = "attention"
     tiny = {"B": 1, "L": 64, "H": 1}
+    sweep = (
+        "attention",
+        [
+            {"kernel": kernel, "BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+            for kernel, tiles in {
+                "forward": ((64, 64, 4), (128, 32, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8)),
+                "backward_q": ((64, 64, 4), (128, 32, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8)),
+                "backward_kv": ((32, 128, 8), (64, 64, 4), (64, 128, 8), (128, 128, 8)),
+            }.items()
+            for m, n, warps in tiles
+            for stages in (2, 3)
+        ],
+    )
 
     def shapes(self, cuda: bool) -> list[dict]:
         if not cuda:

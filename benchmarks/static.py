@@ -81,6 +81,7 @@ def _attention(shipped: Sequence[str] = ATTENTION) -> Launches:
     import torch
 
     from fastbert.kernels import attention
+    from fastbert.kernels.launch import Dropout, Rotation, Sequences
 
     for name in shipped:
         dtype, head_dim, positions, layout, *dropped = name.split()
@@ -90,11 +91,11 @@ def _attention(shipped: Sequence[str] = ATTENTION) -> Launches:
         rotation, values = None, "values" in positions
         if "rotary" in positions:
             table = torch.empty(2, 512, int(head_dim) // 2)
-            rotation = attention.Rotation(table, values, "halves" not in positions)
+            rotation = Rotation(table, values, "halves" not in positions)
         mask = torch.empty(2, 512, dtype=torch.bool) if layout == "mask" else None
         ends = torch.empty(3, dtype=torch.int32) if layout == "packed" else None
-        dropout = attention.Dropout(torch.empty(1, dtype=torch.int64), 26) if dropped else None
-        options = 0.125, attention.Sequences(512, mask, ends), rotation, dropout
+        dropout = Dropout(torch.empty(1, dtype=torch.int64), 26) if dropped else None
+        options = 0.125, Sequences(512, mask, ends), rotation, dropout
         used_q, used_k = (q, k) if rotation is None and mask is None else (o, o)
         operands = used_q, used_k, o if values else v
         if not dropped:

@@ -18,7 +18,7 @@ from .harness import OURS, Benchmark, Case, Provider
 
 @dataclass(frozen=True)
 class Configured:
-    """An op whose kernels are launched as `config` says."""
+    """An op whose kernels are launched as `config` says: all of them, or the one that it names as "kernel"."""
 
     op: Callable
     kernels: str
@@ -27,7 +27,11 @@ class Configured:
     def during(self, function: Callable) -> Callable:
         """The function with the configuration in place while it runs. Also a backward sees it, whatever its thread."""
         module = import_module(f"fastbert.kernels.{self.kernels}")
-        answer = lambda *_: dict(self.config)  # noqa: E731
+        config, usual = dict(self.config), module.launch_config
+        chosen = config.pop("kernel", None)
+
+        def answer(*args):
+            return dict(config) if chosen in (None, args[0]) else usual(*args)
 
         def run(*args, **kwargs):
             with mock.patch.object(module, "launch_config", answer):

@@ -22,7 +22,6 @@ matrix products; backward 65 to 82 us of products, of which two kernels do 7/5.
 
 import math
 from collections.abc import Set
-from typing import NamedTuple
 
 import torch
 import triton
@@ -30,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import tile
+from fastbert.kernels.launch import Dropout, Rotation, Sequences
 
 _LOG2_E = math.log2(math.e)
 # Arguments whose divisors are no reason to compile anew
@@ -149,6 +149,13 @@ def _forward_kernel(
 
 
 @triton.jit
+def _probabilities(b_exponent, p_mask):
+    """At most 1, also of a padded query so large that another order of summation moves its scores by powers of two: its
+    gradient of zero must win."""
+    return tl.exp2(b_exponent if p_mask is None else tl.minimum(b_exponent, 0))
+
+
+@triton.jit
 def _differentiate(
     b_dq, b_q, b_do, b_lse, b_delta, low, high, p_k, p_v, p_mask, key, x, y,
     length, stride_k, stride_v, stride_mask, scale, drop, first_m,
@@ -164,7 +171,7 @@ def _differentiate(
         # [BLOCK_M, BLOCK_N]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
-        b_p = tl.exp2(b_s * scale - b_lse[:, None])
+        b_p = _probabilities(b_s * scale - b_lse[:, None], p_mask)
         if MASKED:
             b_p = tl.where(m_n[None, :], b_p, zero)
         if key is not None:
@@ -285,7 +292,7 @@ def _backward_kv_kernel(
         # [BLOCK_N, BLOCK_M]
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
-        b_p = tl.exp2(b_s * scale - b_lse[None, :])
+        b_p = _probabilities(b_s * scale - b_lse[None, :], p_mask)
         b_dropped = b_p
         if key is not None:
             b_keep = tl.trans(tile.keep(key, x, y, first_m, first_n, drop, BLOCK_M, BLOCK_N))
@@ -356,58 +363,6 @@ def launch_config(kernel: str, q: Tensor, traits: Set[str], length: int) -> dict
     if block_m == 256 and (length <= 128 or traits & {"values", "mask"}):
         block_m = 128
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-
-
-class Sequences(NamedTuple):
-    """How rows make sequences, and which keys are real: [B, L, ...] with a mask bool [B, L] or None, or [T, ...] with
-    cu_seqlens int32 [B + 1]. No sequence is longer than max_length."""
-
-    max_length: int
-    mask: Tensor | None = None
-    ends: Tensor | None = None
-
-    def grid(self, q: Tensor, block: int) -> tuple[int]:
-        if self.ends is None:
-            tiles = q.shape[0] * triton.cdiv(q.shape[1], block)
-        else:
-            tiles = q.shape[0] // block + self.ends.numel() - 1
-        return (tiles * q.shape[-2],)
-
-    def arguments(self, q: Tensor) -> tuple[int, int, int, int]:
-        """batch, length, total, heads."""
-        batch, length = q.shape[:2] if self.ends is None else (self.ends.numel() - 1, 0)
-        return batch, length, math.prod(q.shape[:-2]), q.shape[-2]
-
-    def operand(self, t: Tensor) -> Tensor:
-        """t, or a copy where a kernel could not read it: elements of a head side by side, and offsets within a sequence
-        that fit 32 bits."""
-        fits = t.stride(-1) == 1 and (self.max_length + 256) * t.stride(-3) < 2**31
-        return t if fits else t.contiguous()
-
-    def strides(self, t: Tensor) -> tuple[int, int, int]:
-        """From sequence to sequence (dense), row to row, head to head."""
-        return (t.stride(0) if self.ends is None else 0, t.stride(-3), t.stride(-2))
-
-    @property
-    def mask_strides(self) -> tuple[int, int]:
-        return (0, 0) if self.mask is None else self.mask.stride()
-
-
-class Rotation(NamedTuple):
-    """table: float32 [2, positions, D/2], cosines and sines, a row for each position below 256 and below max_length.
-    values: v is turned like q and k, in pairs (2k, 2k + 1). interleaved: those are the pairs of q and k, else
-    (k, k + D/2)."""
-
-    table: Tensor
-    values: bool
-    interleaved: bool
-
-
-class Dropout(NamedTuple):
-    """seed: int64 [1]. drop: philox.py drops an element for so many bytes of 256."""
-
-    seed: Tensor
-    drop: int
 
 
 def attention_fwd(

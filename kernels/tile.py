@@ -30,7 +30,7 @@ def locate(i_tile, p_ends, batch, length, BLOCK: tl.constexpr):
 
 @triton.jit
 def head(p, i_batch, start, i_head, stride_b, stride, stride_h):
-    """A head's first row. The offset may need 64 bits; those within a sequence do not (see attention.Sequences)."""
+    """A head's first row. The offset may need 64 bits; those within a sequence do not (see launch.Sequences)."""
     p += tl.cast(i_batch, tl.int64) * stride_b + tl.cast(start, tl.int64) * stride
     return p + tl.cast(i_head, tl.int64) * stride_h
 

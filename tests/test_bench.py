@@ -532,6 +532,19 @@ def test_a_sweep_launches_every_configuration(monkeypatch, quick_ceilings, tmp_p
     assert gelu.launch_config is before and "fastest:" in capsys.readouterr().out
 
 
+def test_a_sweep_may_be_of_one_kernel_of_several():
+    pytest.importorskip("triton")
+    from benchmarks.sweep import Configured
+    from fastbert.kernels import attention
+
+    config = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+    q = torch.empty(1, 1, 1, 64)
+    asked = lambda: [attention.launch_config(kernel, q, set(), 9) for kernel in ("forward", "backward_q")]  # noqa: E731
+    usual = asked()
+    swept = Configured(None, "attention", {"kernel": "forward"} | config).during(asked)()
+    assert swept == [config, usual[1]] and usual[0] != config and asked() == usual
+
+
 # Rows.
 
 

@@ -67,10 +67,24 @@ def oversized(rows):
 
 
 def without_matrix_unit(rows):
-    """Kernels that multiply matrices, but not with their target's matrix unit in their longest loop."""
+    """Kernels that multiply matrices, but not with their target's matrix unit in their longest loop. IEEE products of
+    float32 have none."""
     unit = {90: ("HGMMA", "QGMMA"), 100: ("UTCHMMA", "UTCQMMA")}
     used = {id(each): {i.opcode for i in each.loops[0][1]} for each in rows}
-    return [title(r) for r in rows if r.dot and not used[id(r)] & {*unit.get(r.target, ("HMMA", "QMMA"))}]
+    wanted = [each for each in rows if each.dot and not any(name.startswith("float32") for name in each.names)]
+    return [title(r) for r in wanted if not used[id(r)] & {*unit.get(r.target, ("HMMA", "QMMA"))}]
+
+
+def serialized(rows):
+    """Kernels for sm_90 of which some loop waits for every single instruction of the matrix unit."""
+    found = []
+    for each in rows:
+        for _, loop in each.loops:
+            products = sum(i.opcode == "HGMMA" for i in loop)
+            starts = sum(i.mnemonic.startswith("WARPGROUP.ARRIVE") for i in loop)
+            if products and starts >= products:
+                found.append(title(each))
+    return found
 
 
 def test_no_kernel_spills(shipped):
@@ -86,6 +100,33 @@ def test_no_kernel_asks_for_more_shared_memory_than_its_target_has(shipped):
 
 def test_matrix_products_run_on_the_matrix_unit(shipped):
     assert not without_matrix_unit(shipped)
+
+
+def test_matrix_products_run_asynchronously(shipped):
+    assert not serialized(shipped)
+
+
+def test_attention_multiplies_on_the_matrix_unit_alone_and_loads_16_bytes(shipped):
+    """In the loops of what is trained, on sm_90: every product with HGMMA, operands 16 bytes at a time; the rest are
+    single numbers per row: log-sum-exp and delta, angles of a tile's first row."""
+    rows = [
+        r
+        for r in shipped
+        if r.source == "attention" and r.target == 90 and " 64 " in r.names[0] and "mask" not in r.names[0]
+    ]
+    rows = [r for r in rows if "float32" not in r.names[0]]
+    assert {r.kernel for r in rows} == {"_forward_kernel", "_backward_q_kernel", "_backward_kv_kernel"}
+    for each in rows:
+        loops = [loop for _, loop in each.loops if any(i.pipe == "mma" for i in loop)]
+        assert len(loops) == (1 if each.kernel == "_backward_kv_kernel" else 2), title(
+            each
+        )  # and one for the last keys
+        for loop in loops:
+            assert {i.opcode for i in loop if i.pipe == "mma"} == {"HGMMA"}, title(each)
+            loads = [i.mnemonic for i in loop if i.pipe == "gmem"]
+            assert {m.rpartition(".")[2] for m in loads} <= {"128", "E"}, (title(each), loads)
+            assert sum(m.endswith(".128") for m in loads) >= 4, (title(each), loads)
+        assert each.residency[0] * each.used.warps >= 8, title(each)
 
 
 def test_gelu_has_registers_to_spare_and_moves_16_bytes_at_a_time(shipped):
@@ -154,6 +195,15 @@ def test_a_matrix_product_without_its_unit_is_flagged(toy):
     good = toy["good", 90]
     without = [i for i in good.code if i.pipe != "mma"]
     assert without_matrix_unit([changed(good, code=without)]) == [title(good)]
+
+
+def test_products_that_wait_for_each_other_are_flagged(toy):
+    good = toy["good", 90]
+    waiting = [
+        sass.Instruction(i.address, i.predicate, "WARPGROUP.ARRIVE" if i.pipe == "alu" else i.text, i.target)
+        for i in good.code
+    ]
+    assert not serialized([good]) and serialized([changed(good, code=waiting)]) == [title(good)]
 
 
 def test_too_much_shared_memory_is_flagged(toy):

@@ -1,12 +1,10 @@
 """gelu(x + bias), between the two linear layers of the feed-forward block."""
 
-import os
-
 import torch
 from torch import Tensor
 
 from fastbert import portable, reference
-from fastbert.backend import pick, serves
+from fastbert.backend import pick, serves, triton_cannot_run
 from fastbert.ops import checks
 
 
@@ -34,9 +32,7 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none", backend: st
 def _triton_serves(x: Tensor, bias: Tensor) -> str | None:
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or bias.dtype == torch.float64:
         return f"x is {x.dtype} and bias {bias.dtype}, not float16, bfloat16 or float32"
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"x is on {x.device}, not on CUDA, and TRITON_INTERPRET=1 is not set"
-    return None
+    return triton_cannot_run(x.device)
 
 
 def _triton(x: Tensor, bias: Tensor, *, approximate: str) -> Tensor:

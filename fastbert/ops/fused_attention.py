@@ -102,13 +102,13 @@ def _build_table(length: int, head_dim: int, theta: float, device: torch.device)
 
 def _parts(q: Tensor, mask, ends, seeds, longest: int, drop: int, theta, rotate_value: bool, interleaved: bool):
     """The (sequences, rotation, dropout) of the kernels."""
-    from fastbert.kernels import attention as kernels
+    from fastbert.kernels.launch import Dropout, Rotation, Sequences
 
     rotation = None
     if theta is not None:
-        rotation = kernels.Rotation(_table(longest, q.shape[-1], theta, q.device), rotate_value, interleaved)
-    dropout = kernels.Dropout(seeds, drop) if drop else None
-    return kernels.Sequences(longest, mask, ends), rotation, dropout
+        rotation = Rotation(_table(longest, q.shape[-1], theta, q.device), rotate_value, interleaved)
+    dropout = Dropout(seeds, drop) if drop else None
+    return Sequences(longest, mask, ends), rotation, dropout
 
 
 def _forward(

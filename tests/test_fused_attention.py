@@ -1,0 +1,461 @@
+"""The Triton kernels of attention and rotary attention: interpreted on a CPU, compiled on a GPU."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from fastbert import EncoderConfig, RoFormerModel, ops, reference
+from fastbert.errors import BackendError
+from fastbert.ops import fused_attention
+from fastbert.philox import attention_keep
+from fastbert.testing import compare, make_inputs
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from fastbert.kernels import attention, tile  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.kernel]
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+on_a_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])  # interpreted, bfloat16 products are wrong
+NAMES = ["attention", "rotary_attention"]
+NAN = float("nan")
+both = pytest.mark.parametrize("name", NAMES)
+
+
+@triton.jit
+def locate_kernel(p_tile, p_ends, p_found, batch, BLOCK: tl.constexpr):
+    """fastbert.kernels.tile.locate by itself."""
+    i = tl.program_id(0)
+    b, start, length, row = tile.locate(tl.load(p_tile + i), p_ends, batch, 0, BLOCK)
+    tl.store(p_found + 4 * i, b)
+    tl.store(p_found + 4 * i + 1, start)
+    tl.store(p_found + 4 * i + 2, length)
+    tl.store(p_found + 4 * i + 3, row)
+
+
+def fused(name, **arguments):
+    return partial(getattr(ops, name), backend="triton", **arguments)
+
+
+def hold(name, inputs, **arguments):
+    compare(fused(name, **arguments), partial(getattr(reference, name), **arguments), inputs)
+
+
+def inputs(lengths, heads=1, head_dim=16, **settings):
+    return make_inputs(lengths, heads, head_dim, device=DEVICE, **settings)
+
+
+def run(name, arguments, **options):
+    """Output, and gradients of q, k, v."""
+    output = fused(name, **options)(**arguments)
+    direction = torch.linspace(-1, 1, output.numel(), device=DEVICE).view(output.shape).to(output)
+    return output.detach(), *torch.autograd.grad(output, [arguments[n] for n in "qkv"], direction)
+
+
+def tiles(monkeypatch, block_m, block_n, warps=4):
+    """Every kernel in tiles of this size."""
+    config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": 1}
+    monkeypatch.setattr(attention, "launch_config", lambda *_: config)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiles_that_are_quick_to_interpret():
+    """An interpreted step costs the same whatever its size. Tiles that ship have a test below, and GPUs run them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not CUDA:
+            tiles(patch, 64, 64)
+        yield
+
+
+def equal(some, others):
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+layouts = st.one_of(
+    st.tuples(st.just("dense"), st.tuples(st.integers(2, 40), st.integers(1, 2)).map(lambda x: [x[0]] * x[1])),
+    st.tuples(st.sampled_from(["padded", "packed"]), st.lists(st.integers(0, 40), max_size=2).map(lambda x: [*x, 23])),
+)
+fewer = settings(max_examples=settings().max_examples // (1 if CUDA else 2))
+
+
+@both
+@fewer
+@example(sequences=("padded", [33, 0, 5]), head_dim=26, dtype=0, scale=0.7, dropout_p=0.1, seed=2**64 - 1, view=True)
+@example(sequences=("packed", [70, 0, 1]), head_dim=32, dtype=1, scale=None, dropout_p=0.6, seed=3, view=True)
+@given(
+    sequences=layouts,
+    head_dim=st.sampled_from([2, 16, 26, 64]),
+    dtype=st.integers(0, 2),
+    scale=st.sampled_from([None, 0.7]),
+    dropout_p=st.sampled_from([0.0, 0.0, 0.1, 0.6]),
+    seed=st.integers(0, 2**64 - 1),
+    view=st.booleans(),
+)
+def test_is_the_reference(name, sequences, head_dim, dtype, scale, dropout_p, seed, view):
+    layout, lengths = sequences
+    settings = {"layout": layout, "dtype": DTYPES[dtype % len(DTYPES)], "seed": seed % 2**32, "projection_view": view}
+    arguments = inputs(lengths, 2 if CUDA else 1, head_dim, **settings, padding=NAN if layout == "padded" else None)
+    hold(name, arguments, scale=scale, dropout_p=dropout_p, seed=seed)
+
+
+@fewer
+@given(
+    theta=st.sampled_from([10000.0, 10.0, 0.5]),
+    rotate_value=st.booleans(),
+    interleaved=st.booleans(),
+    head_dim=st.sampled_from([4, 16, 26]),
+    layout=st.sampled_from(["padded", "packed"]),
+    dtype=st.integers(0, 2),
+    dropout_p=st.sampled_from([0.0, 0.0, 0.3]),
+)
+def test_rotations(theta, rotate_value, interleaved, head_dim, layout, dtype, dropout_p):
+    options = {"theta": theta, "rotate_value": rotate_value, "interleaved": interleaved}
+    arguments = inputs([35, 6], 1, head_dim, layout=layout, dtype=DTYPES[dtype % len(DTYPES)])
+    hold("rotary_attention", arguments, **options, dropout_p=dropout_p, seed=1)
+
+
+EDGES = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 0]
+ON_A_GPU = [range(1, 130), [255], [256], [257], [511], [512], [513], [1536]]
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [EDGES, *ON_A_GPU] if CUDA else [EDGES], ids=lambda x: f"{x[0]}-{x[-1]}")
+def test_ragged_lengths(name, lengths, dtype):
+    for dropout_p in (0.0, 0.1) if CUDA else (0.0,):
+        hold(name, inputs(list(lengths), layout="packed", dtype=dtype), dropout_p=dropout_p, seed=1)
+
+
+@both
+def test_one_key(name):
+    """Its probability is one, whatever the scores: their gradients are zero but for rounding."""
+    arguments = inputs([1, 1], layout="packed")
+    output, dq, dk, dv = run(name, arguments)
+    direction = torch.linspace(-1, 1, output.numel(), device=DEVICE).view(output.shape)
+    torch.testing.assert_close(output, arguments["v"].detach())
+    torch.testing.assert_close(dv, direction)
+    assert max(dq.abs().max(), dk.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("block_m, block_n", [(32, 16), (64, 32), (128, 64), (256, 64), (64, 128), (128, 32)])
+def test_tiles_of_any_size_give_the_same(block_m, block_n, monkeypatch):
+    """Those of launch_config on all architectures, among them."""
+    tiles(monkeypatch, block_m, block_n, warps=8 if block_m == 256 else 4)
+    lengths = [block_m + 9, 3] if CUDA else [70]
+    hold("rotary_attention", inputs(lengths, layout="packed", dtype=torch.float16), dropout_p=0.3, seed=2)
+
+
+@on_a_gpu
+@both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 26, 32, 64, 80, 128])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_every_configuration_on_this_gpu(name, dtype, head_dim, dropout_p):
+    options = [{}] if name == "attention" else [{}, {"rotate_value": True}, {"interleaved": False}]
+    for layout in ("padded", "packed"):
+        arguments = inputs([300, 0, 77, 128], 2, head_dim, layout=layout, dtype=dtype, padding=NAN)
+        for flags in options:
+            hold(name, arguments, dropout_p=dropout_p, seed=7, **flags)
+
+
+@pytest.mark.parametrize("length", [2048, pytest.param(8192, marks=on_a_gpu)])
+def test_long_sequences(length, monkeypatch):
+    """The angles of late positions are as exact as those of early ones."""
+    if not CUDA:
+        tiles(monkeypatch, 1024, 1024)
+    arguments = {name: t.detach() for name, t in inputs([length], 1, 16, dtype=torch.float16).items()}
+    hold("rotary_attention", arguments)
+
+
+@pytest.mark.parametrize("shift", [1, 31, 100])
+def test_scores_depend_on_the_difference_of_positions_only(shift):
+    q, k, v = torch.randn(3, 1, 12, 1, 16, device=DEVICE)
+    expected = fused("rotary_attention")(q, k, v)
+    mask = torch.arange(shift + 12, device=DEVICE)[None] >= shift
+    late = (torch.cat([torch.zeros(1, shift, 1, 16, device=DEVICE), t], dim=1) for t in (q, k, v))
+    output = fused("rotary_attention")(*late, key_padding_mask=mask)
+    torch.testing.assert_close(output[:, shift:], expected)
+
+
+@both
+@pytest.mark.parametrize("junk", [NAN, float("inf"), -1e30])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, in the interpreter
+def test_padding_reaches_nothing(name, junk):
+    clean, dirty = (inputs([5, 0, 9], layout="padded", padding=x) for x in (0.0, junk))
+    real = clean["key_padding_mask"]
+    results = []
+    for arguments in (clean, dirty):
+        output = fused(name, dropout_p=0.3, seed=2)(**arguments)
+        results.append(
+            (
+                output.detach(),
+                *torch.autograd.grad((output * real[:, :, None, None]).sum(), [arguments[n] for n in "qkv"]),
+            )
+        )
+    for expected, got in zip(*results, strict=True):
+        assert torch.equal(got[real], expected[real]) and got.isfinite().all()
+    for gradient in results[1][2:]:
+        assert gradient[~real].count_nonzero() == 0
+
+
+@both
+def test_not_a_number_stays_in_its_packed_sequence(name):
+    arguments = inputs([7, 40], layout="packed")
+    expected = run(name, arguments)
+    for n in "qkv":
+        arguments[n].data[7:] = NAN
+    for a, b in zip(expected, run(name, arguments), strict=True):
+        assert torch.equal(a[:7], b[:7]) and b[7:].isnan().any()
+
+
+@both
+def test_a_mask_may_have_holes_and_hide_a_whole_sequence(name):
+    arguments = inputs([40, 40, 40])
+    keys = torch.rand(3, 40, device=DEVICE) < 0.5
+    keys[1] = False
+    keys[2, :33] = False  # the first tile of keys has none
+    hold(name, arguments | {"key_padding_mask": keys.T.contiguous().T})
+    assert run(name, arguments | {"key_padding_mask": keys})[0][1].count_nonzero() == 0
+
+
+@both
+def test_views_and_odd_strides(name):
+    """Transposed, expanded, offset, the last dimension not contiguous; and a gradient that is one expanded number."""
+    draw = partial(torch.randn, device=DEVICE)
+    q, k, v = draw(9, 2, 2, 16).transpose(0, 1), draw(2, 9, 1, 16).expand(-1, -1, 2, -1), draw(2, 9, 16, 2).mT
+    for views in ((q, k, v), (draw(2, 9, 2, 50)[..., 3:19], draw(2, 2, 9, 16).transpose(1, 2), q)):
+        arguments = {n: t.detach().requires_grad_() for n, t in zip("qkv", views, strict=True)}
+        hold(name, arguments)
+        plain = {n: t.detach().contiguous().requires_grad_() for n, t in arguments.items()}
+        some, others = (torch.autograd.grad(fused(name)(**a).sum(), list(a.values())) for a in (arguments, plain))
+        assert equal(some, others)
+
+
+@both
+def test_offsets_beyond_32_bits(name):
+    """Sequences 2^31 elements apart, and rows so far apart that a copy is made; the memory between is never touched."""
+    far = torch.empty(2**31 + 2**29, dtype=torch.float16, device=DEVICE)
+    for shape, strides in (((2, 5, 1, 16), (2**31, 16, 16, 1)), ((1, 5, 1, 16), (0, 2**29, 16, 1))):
+        q = far.as_strided(shape, strides)
+        q.copy_(torch.randn(shape))
+        near = q.clone()
+        assert torch.equal(fused(name)(q, near, q), fused(name)(near, near, near))
+
+
+def test_tiles_of_packed_sequences_are_found_among_very_many():
+    """More sequences than a dimension of a grid, empty ones among them; every one is found at each of its tiles."""
+    lengths = torch.randint(0, 4, (70_000,)) * 40
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
+    first = ends[:-1] // 64 + torch.arange(len(lengths))
+    sequence = torch.tensor([0, 1, 2, 127, 128, 129, 16_383, 16_384, 65_535, 65_536, len(lengths) - 1])
+    wanted = torch.cat([first[sequence], first[sequence] + 1])
+    found = torch.empty(len(wanted), 4, dtype=torch.int32, device=DEVICE)
+    locate_kernel[(len(wanted),)](wanted.int().to(DEVICE), ends.to(DEVICE), found, len(lengths), BLOCK=64)
+    for i_tile, (b, start, length, row) in zip(wanted.tolist(), found.tolist(), strict=True):
+        assert b == int((first <= i_tile).sum()) - 1
+        assert (start, length, row) == (ends[b], lengths[b], (i_tile - first[b]) * 64)
+
+
+@on_a_gpu
+@both
+def test_very_many_packed_sequences(name):
+    arguments = inputs([1, 0, 3, 2] * 20_000, layout="packed", dtype=torch.float16)
+    for got, expected in zip(run(name, arguments), run_reference(name, arguments), strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)
+
+
+def run_reference(name, arguments):
+    """The padded form that portable.py runs on a GPU."""
+    output = getattr(ops, name)(**arguments, backend="torch")
+    direction = torch.linspace(-1, 1, output.numel(), device=DEVICE).view(output.shape).to(output)
+    return output.detach(), *torch.autograd.grad(output, [arguments[n] for n in "qkv"], direction)
+
+
+@both
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_the_same_bits_again(name, dropout_p):
+    arguments = inputs([513, 200] if CUDA else [70, 9], layout="packed")
+    first = run(name, arguments, dropout_p=dropout_p, seed=1)
+    assert all(equal(first, run(name, arguments, dropout_p=dropout_p, seed=1)) for _ in range(1000 if CUDA else 2))
+
+
+def test_dropout_drops_what_the_reference_drops():
+    """Equal probabilities and values of one show the mask itself: the share of kept keys of each query."""
+    ones = torch.ones(2, 50, 2, 16, device=DEVICE)
+    output = fused("attention", dropout_p=0.4, seed=11)(ones, ones, ones)
+    keep = attention_keep(11, 0.4, 2, 2, 50, device=DEVICE)
+    expected = keep.float().mean(-1).transpose(1, 2)[..., None].expand_as(output) * 256 / (256 - 102)
+    torch.testing.assert_close(output, expected)
+
+
+def test_dropout_without_a_seed_follows_the_generator():
+    arguments = inputs([20], 2)
+    torch.manual_seed(3)
+    first, second = (run("attention", arguments, dropout_p=0.3) for _ in range(2))
+    torch.manual_seed(3)
+    assert equal(first, run("attention", arguments, dropout_p=0.3))
+    assert not torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_drops_the_same(reentrant):
+    arguments = inputs([40])
+    leaves = [arguments[n] for n in "qkv"]
+    op = fused("rotary_attention", dropout_p=0.5)
+    gradients = []
+    for call in (op, partial(checkpoint, op, use_reentrant=reentrant)):
+        torch.manual_seed(5)
+        output = call(*leaves)
+        output.square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+        for leaf in leaves:
+            leaf.grad = None
+    assert equal(*gradients)
+
+
+@both
+def test_autocast(name):
+    arguments = inputs([20])
+    halves = {n: t.detach().half().requires_grad_() for n, t in arguments.items()}
+    expected = run(name, halves)
+    with torch.autocast(DEVICE, torch.float16):
+        output = fused(name)(**arguments | {"k": halves["k"]})
+    assert output.dtype == torch.float16 and torch.equal(output, expected[0])
+    (dq,) = torch.autograd.grad(
+        output, arguments["q"], torch.linspace(-1, 1, output.numel(), device=DEVICE).view_as(output).half()
+    )
+    assert dq.dtype == torch.float32 and torch.equal(dq, expected[1].float())
+
+
+@both
+def test_only_some_gradients_are_wanted(name):
+    arguments = inputs([20])
+    expected = run(name, arguments)
+    frozen = arguments | {n: arguments[n].detach() for n in "qv"}
+    output = fused(name)(**frozen)
+    direction = torch.linspace(-1, 1, output.numel(), device=DEVICE).view(output.shape)
+    assert torch.equal(torch.autograd.grad(output, frozen["k"], direction)[0], expected[2])
+    with torch.no_grad():
+        assert torch.equal(fused(name)(**arguments), expected[0])
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_compiles_as_one_graph(layout):
+    torch.compiler.reset()
+    options = {"dropout_p": 0.5, "seed": 1, "rotate_value": True}
+    arguments = inputs([20, 9], layout=layout)
+    compiled = torch.compile(fused("rotary_attention", **options), fullgraph=True, backend="aot_eager")
+    compare(compiled, partial(reference.rotary_attention, **options), arguments)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("theta", [None, 10000.0])
+def test_registered_operators(layout, theta):
+    q, k, v, mask, ends = (
+        inputs([20, 9], layout=layout).get(n) for n in ("q", "k", "v", "key_padding_mask", "cu_seqlens")
+    )
+    seeds = torch.tensor([5], device=DEVICE)
+    options = 20, 0.25, 26, theta, theta is not None, True
+    torch.library.opcheck(fused_attention._forward_op, (q, k, v, mask, ends, seeds, *options, True))
+    plain = [t.detach() for t in (q, k, v)]
+    o, lse, *used = fused_attention._forward(*plain, mask, ends, seeds, *options, True)
+    operands = [new if new.numel() else old for new, old in zip(used, plain, strict=True)]
+    given = None if mask is None else plain[0]
+    torch.library.opcheck(fused_attention._backward_op, (o, *operands, given, o, lse, mask, ends, seeds, *options))
+
+
+def test_fake_tensors():
+    with FakeTensorMode():
+        fake = torch.zeros(1, 13, 1, 16, device=DEVICE)
+        assert fused("rotary_attention", dropout_p=0.1)(fake, fake, fake).shape == fake.shape
+
+
+@on_a_gpu
+def test_a_captured_graph_drops_anew_at_every_replay():
+    q = torch.randn(2, 64, 2, 64, device="cuda", dtype=torch.float16, requires_grad=True)
+    op = fused("rotary_attention", dropout_p=0.2, theta=12345.0)
+
+    def step():
+        output = op(q, q, q)
+        return output.detach(), torch.autograd.grad(output.float().square().sum(), q)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    torch.cuda.manual_seed(3)
+    replays = []
+    for _ in range(2):
+        graph.replay()
+        replays.append([t.clone() for t in results])
+    assert not torch.equal(replays[0][0], replays[1][0])
+    assert all(t.isfinite().all() for replay in replays for t in replay)
+
+
+@both
+def test_what_the_kernels_do_not_serve(name):
+    x = torch.zeros(1, 3, 1, 16, device=DEVICE)
+    wide = torch.zeros(1, 3, 1, 130, device=DEVICE)
+    cases = [
+        ((x.double(),) * 3, {}, "q is torch.float64, not float16, bfloat16 or float32"),
+        ((wide,) * 3, {}, "the head dim is 130, more than 128"),
+        ((x,) * 3, {"scale": -1.0}, "scale is -1.0, not positive"),
+    ]
+    if not CUDA:
+        cases.append(((x.bfloat16(),) * 3, {}, "q is bfloat16, whose products Triton's interpreter gets wrong"))
+    for operands, options, reason in cases:
+        with pytest.raises(BackendError, match=f"backend 'triton' cannot serve {name}: {reason}"):
+            fused(name, **options)(*operands)
+        getattr(ops, name)(*operands, **options)
+
+
+def test_the_default_on_cuda_and_on_request_elsewhere(monkeypatch):
+    calls, launch = [], attention.attention_fwd
+    monkeypatch.setattr(attention, "attention_fwd", lambda *args: calls.append(1) or launch(*args))
+    x = torch.zeros(1, 3, 1, 16, device=DEVICE)
+    ops.attention(x, x, x)
+    assert len(calls) == CUDA
+    monkeypatch.setenv("FASTBERT_BACKEND", "triton")
+    ops.attention(x, x, x)
+    ops.rotary_attention(x, x, x)
+    assert len(calls) == CUDA + 2
+    if not CUDA:
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(BackendError, match="it would run on cpu, not on CUDA, and TRITON_INTERPRET=1 is not set"):
+            ops.attention(x, x, x)
+
+
+def test_roformer_trains_on_it_as_on_the_portable_twin(monkeypatch):
+    """What a model does on CUDA, where the kernels are the default."""
+    monkeypatch.setattr(fused_attention, "ELSEWHERE", fused_attention.ON_CUDA)
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
+    model = RoFormerModel(EncoderConfig("roformer", **sizes)).to(DEVICE).eval()
+    ids = torch.randint(1, 40, (2, 20), device=DEVICE)
+    mask = torch.arange(20, device=DEVICE) < torch.tensor([[20], [7]], device=DEVICE)
+    results = []
+    for order in (fused_attention.ON_CUDA, {"torch": fused_attention.serves}):
+        monkeypatch.setattr(fused_attention, "ON_CUDA", order)
+        monkeypatch.setattr(fused_attention, "ELSEWHERE", order)
+        model.zero_grad()
+        output = model(ids, attention_mask=mask).last_hidden_state
+        output.square().sum().backward()
+        results.append([output.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
