@@ -106,6 +106,13 @@ def test_matrix_products_run_asynchronously(shipped):
     assert not serialized(shipped)
 
 
+def test_products_of_float32_are_not_rounded(shipped):
+    """The matrix units would round its operands to TF32."""
+    exact = [each for each in shipped if each.dot and each.names[0].startswith("float32")]
+    assert {each.target for each in exact} == set(sass.TARGETS)
+    assert not [title(each) for each in exact if any(i.pipe == "mma" for i in each.code)]
+
+
 def test_attention_multiplies_on_the_matrix_unit_alone_and_loads_16_bytes(shipped):
     """In the loops of what is trained, on sm_90: every product with HGMMA, operands 16 bytes at a time; the rest are
     single numbers per row: log-sum-exp and delta, angles of a tile's first row."""

@@ -37,9 +37,15 @@ def attention(
     are cast to its dtype. Returns a tensor of q's shape. Differentiable once, in q, k, v; with dropout, the transforms
     of torch.func (grad, vmap) need backend "reference".
 
+    Backend "triton", the default on CUDA: float16, bfloat16 and float32 (IEEE products), D up to 128, scale above 0,
+    compute capability 8.0 and up; its gradients are the same bits in every run. Strides are taken as they are if the
+    last dimension is contiguous; float32 [H, T] is kept for the backward besides operands and output. On the CPU in
+    Triton's interpreter only, if asked for, without bfloat16.
+
     Raises ShapeError, DtypeError, ConfigError (scale, dropout_p, seed, max_seqlen), BackendError. On a GPU the values
-    in cu_seqlens are not checked.
-    Source: Vaswani et al. (2017), arXiv 1706.03762, equation 1; Devlin et al., BERT (2018), arXiv 1810.04805.
+    in cu_seqlens and max_seqlen are not checked.
+    Source: Vaswani et al. (2017), arXiv 1706.03762, equation 1; Devlin et al., BERT (2018), arXiv 1810.04805; Dao,
+    FlashAttention-2 (2023), arXiv 2307.08691.
     """
     sequences.check(q, k, v, key_padding_mask, cu_seqlens, max_seqlen, scale, dropout_p, seed)
     return sequences.call(

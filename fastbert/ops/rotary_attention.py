@@ -37,7 +37,8 @@ def rotary_attention(
 
     theta: base of the frequencies theta^(-2k/D). rotate_value: turn v as well. interleaved: pairs are elements
     (2k, 2k + 1), as in RoFormer's weights; False takes (k, k + D/2). Angles come from float64, and 16-bit inputs are
-    turned in float32.
+    turned in float32. Backend "triton" turns on the way to the matrix unit, and keeps turned q and k for the backward
+    instead of those it got.
 
     Raises ShapeError, DtypeError, ConfigError (scale, dropout_p, seed, max_seqlen, theta), BackendError.
     Source: Su et al., RoFormer (2021), arXiv 2104.09864, equations 16 and 34.
