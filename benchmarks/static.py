@@ -69,6 +69,7 @@ ATTENTION = (
     "bfloat16 64 rotary packed",
     "float16 64 rotary packed dropout",
     "float16 64 rotary dense",
+    "float16 64 absolute mask dropout",
     "float16 64 rotary-values-halves mask dropout",
     "float16 26 rotary packed dropout",
     "bfloat16 128 rotary packed dropout",
@@ -96,8 +97,7 @@ def _attention(shipped: Sequence[str] = ATTENTION) -> Launches:
         ends = torch.empty(3, dtype=torch.int32) if layout == "packed" else None
         dropout = Dropout(torch.empty(1, dtype=torch.int64), 26) if dropped else None
         options = 0.125, Sequences(512, mask, ends), rotation, dropout
-        used_q, used_k = (q, k) if rotation is None and mask is None else (o, o)
-        operands = used_q, used_k, o if values else v
+        operands = (q, k, v) if rotation is None else (o, o, o if values else v)
         if not dropped:
             yield f"{name}, inference", partial(attention.attention_fwd, q, k, v, *options, False)
         yield name, partial(attention.attention_fwd, q, k, v, *options, True)

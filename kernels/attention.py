@@ -33,7 +33,7 @@ from fastbert.kernels.launch import Dropout, Rotation, Sequences
 
 _LOG2_E = math.log2(math.e)
 # Arguments whose divisors are no reason to compile anew
-_VARYING = ["batch", "length", "total", "drop"]
+_VARYING = ["batch", "length", "total", "stride_mb", "drop"]
 
 
 @triton.jit
@@ -108,12 +108,12 @@ def _forward_kernel(
         b_q = tile.turn(b_q, b_cos, b_sin)
     if p_q_used is not None:
         tile.store(p_q_used + o_head, b_q, o_m, m_m, stride, HEAD_DIM, BLOCK_D, False)
+    if p_k_used is not None:
         b_k = tile.load(p_k, o_m, m_real, stride_k, HEAD_DIM, BLOCK_D, HALVES)
-        b_k = tile.turn(b_k, b_cos, b_sin) if p_cos is not None else b_k
-        tile.store(p_k_used + o_head, b_k, o_m, m_m, stride, HEAD_DIM, BLOCK_D, False)
-        if TURN_V:
-            b_v = tile.turn(tile.load(p_v, o_m, m_real, stride_v, HEAD_DIM, BLOCK_D, False), b_cos, b_sin)
-            tile.store(p_v_used + o_head, b_v, o_m, m_m, stride, HEAD_DIM, BLOCK_D, False)
+        tile.store(p_k_used + o_head, tile.turn(b_k, b_cos, b_sin), o_m, m_m, stride, HEAD_DIM, BLOCK_D, False)
+    if p_v_used is not None:
+        b_v = tile.load(p_v, o_m, m_real, stride_v, HEAD_DIM, BLOCK_D, False)
+        tile.store(p_v_used + o_head, tile.turn(b_v, b_cos, b_sin), o_m, m_m, stride, HEAD_DIM, BLOCK_D, False)
     if p_cos is not None:
         b_cos, b_sin = tile.angles(p_cos, p_sin, tl.arange(0, BLOCK_N), HEAD_DIM, BLOCK_D)
     key, x, y = None, None, None
@@ -323,6 +323,7 @@ def _backward_kv_kernel(
 _CONFIGS = {
     9: {
         "forward": ((128, 64, 4, 3), (128, 64, 8, 2)),
+        "forward mask": ((128, 64, 8, 3), (128, 64, 8, 2)),
         "forward rotary": ((256, 64, 8, 3), (128, 64, 8, 2)),
         "backward_q": ((128, 64, 8, 3), (128, 64, 8, 2)),
         "backward_q dropout": ((128, 32, 4, 3), (128, 64, 8, 2)),
@@ -361,7 +362,7 @@ def launch_config(kernel: str, q: Tensor, traits: Set[str], length: int) -> dict
         configs = _CONFIGS.get(major, _CONFIGS[8])
     special = (configs[name] for trait in sorted(traits) if (name := f"{kernel} {trait}") in configs)
     block_m, block_n, warps, stages = next(special, configs[kernel])[q.shape[-1] > 64]
-    if block_m == 256 and (length <= 128 or traits & {"values", "mask"}):
+    if block_m == 256 and (length <= 128 or "values" in traits):
         block_m = 128
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
@@ -378,15 +379,15 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(o, lse, q, k, v): the output, contiguous in q's shape, and if `save` what attention_bwd wants besides.
 
-    lse: float32 [H, T], the log-sum-exp of every row to base 2. The last three are operands as they were multiplied:
-    q and k if they were turned, or there is a mask, and v if it was turned; else None.
+    lse: float32 [H, T], the log-sum-exp of every row to base 2. The last three are operands as they were multiplied,
+    where they were turned, and q also where there is a mask; else None.
     """
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     shape = _, _, total, heads = sequences.arguments(q)
     lse = torch.empty(heads, total, dtype=torch.float32, device=q.device) if save else None
-    changed = save and (rotation is not None or sequences.mask is not None)
-    used = [torch.empty_like(o) if changed else None for _ in "qk"]
-    used.append(torch.empty_like(o) if changed and rotation is not None and rotation.values else None)
+    turned = rotation is not None
+    changed = turned or sequences.mask is not None, turned, turned and rotation.values
+    used = [torch.empty_like(o) if save and new else None for new in changed]
     q, k, v = (sequences.operand(t) for t in (q, k, v))
     tables, drop_and_factor = _tables_and_dropout(rotation, dropout)
     config = _compile_time("forward", q, sequences, rotation, dropout)

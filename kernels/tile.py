@@ -42,9 +42,9 @@ def load(p, o_row, m_row, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     N: tl.constexpr = o_row.shape[0]
     if HALVES:
         o_k = tl.arange(0, BLOCK_D // 2)
-        m_k = o_k < HEAD_DIM // 2
+        m_k = (o_k < HEAD_DIM // 2)[None, :]
         p_first = p + (o_row[:, None] * stride + o_k[None, :])
-        m_both = (o_row >= 0)[:, None] & m_k[None, :] if m_row is None else m_row[:, None] & m_k[None, :]
+        m_both = m_k if m_row is None else m_row[:, None] & m_k
         b_first = tl.load(p_first, mask=m_both, other=0)
         b_second = tl.load(p_first + HEAD_DIM // 2, mask=m_both, other=0)
         return tl.reshape(tl.join(b_first, b_second), [N, BLOCK_D])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -356,20 +357,51 @@ def test_compiles_as_one_graph(layout):
     compare(compiled, partial(reference.rotary_attention, **options), arguments)
 
 
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+def test_one_graph_serves_all_lengths(layout):
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fused("rotary_attention"), fullgraph=True, dynamic=True, backend=counter)
+    counts = set()
+    for length in (20, 24, 33, 41):
+        arguments = inputs([length, length] if layout == "dense" else [length, 7], layout=layout)
+        output = compiled(**arguments)
+        torch.testing.assert_close(output, fused("rotary_attention")(**arguments))
+        torch.autograd.grad(output.sum(), [arguments[n] for n in "qkv"])
+        counts.add(counter.frame_count)
+    assert len(counts) == 1
+
+
+@both
+def test_ends_of_sequences_may_have_strides(name):
+    arguments = inputs([7, 12, 21], layout="packed")
+    ends = torch.stack([arguments["cu_seqlens"], torch.full_like(arguments["cu_seqlens"], 9)], dim=1)[:, 0]
+    assert torch.equal(fused(name)(**arguments | {"cu_seqlens": ends}), fused(name)(**arguments))
+
+
+@pytest.mark.parametrize("longest", [40, 10**9])
+def test_a_generous_bound_costs_nothing(longest):
+    arguments = inputs([7, 12, 21], layout="packed")
+    output = fused("rotary_attention", theta=77.0)(**arguments | {"max_seqlen": longest})
+    assert torch.equal(output, fused("rotary_attention", theta=77.0)(**arguments))
+    assert max(table.shape[1] for key, table in fused_attention._tables.items() if key[2] == 77.0) == 256
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("theta", [None, 10000.0])
-def test_registered_operators(layout, theta):
-    q, k, v, mask, ends = (
-        inputs([20, 9], layout=layout).get(n) for n in ("q", "k", "v", "key_padding_mask", "cu_seqlens")
-    )
+@pytest.mark.parametrize("theta, values", [(None, False), (10000.0, False), (10000.0, True)])
+def test_registered_operators(layout, theta, values):
+    arguments = inputs([20, 9], layout=layout)
+    q, k, v, mask, ends = (arguments.get(n) for n in ("q", "k", "v", "key_padding_mask", "cu_seqlens"))
     seeds = torch.tensor([5], device=DEVICE)
-    options = 20, 0.25, 26, theta, theta is not None, True
-    torch.library.opcheck(fused_attention._forward_op, (q, k, v, mask, ends, seeds, *options, True))
+    table = None if theta is None else fused_attention._build_table(20, 16, theta, q.device)
+    options = mask, ends, seeds, table, 20, 0.25, 26, values, True
+    torch.library.opcheck(fused_attention._forward_op, (q, k, v, *options, True))
     plain = [t.detach() for t in (q, k, v)]
-    o, lse, *used = fused_attention._forward(*plain, mask, ends, seeds, *options, True)
+    torch.library.opcheck(fused_attention._forward_op, (*plain, *options, False))
+    o, lse, *used = fused_attention._forward(*plain, *options, True)
     operands = [new if new.numel() else old for new, old in zip(used, plain, strict=True)]
     given = None if mask is None else plain[0]
-    torch.library.opcheck(fused_attention._backward_op, (o, *operands, given, o, lse, mask, ends, seeds, *options))
+    torch.library.opcheck(fused_attention._backward_op, (o, *operands, given, o, lse, *options))
 
 
 def test_fake_tensors():
@@ -381,19 +413,19 @@ def test_fake_tensors():
 @on_a_gpu
 def test_a_captured_graph_drops_anew_at_every_replay():
     q = torch.randn(2, 64, 2, 64, device="cuda", dtype=torch.float16, requires_grad=True)
-    op = fused("rotary_attention", dropout_p=0.2, theta=12345.0)
 
-    def step():
-        output = op(q, q, q)
+    def step(theta):
+        output = fused("rotary_attention", dropout_p=0.2, theta=theta)(q, q, q)
         return output.detach(), torch.autograd.grad(output.float().square().sum(), q)[0]
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        step()
+        step(10000.0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = step()
+        results = step(12345.0)  # for which there is no table yet
+    assert not [key for key in fused_attention._tables if key[2] == 12345.0]
     torch.cuda.manual_seed(3)
     replays = []
     for _ in range(2):
@@ -403,6 +435,29 @@ def test_a_captured_graph_drops_anew_at_every_replay():
     assert all(t.isfinite().all() for replay in replays for t in replay)
 
 
+@on_a_gpu
+def test_compiled_into_a_captured_graph():
+    torch.compiler.reset()
+    fused_attention._tables.clear()
+    compiled = torch.compile(fused("rotary_attention", theta=54321.0), fullgraph=True, mode="reduce-overhead")
+    q = torch.randn(2, 64, 2, 64, device="cuda", dtype=torch.float16, requires_grad=True)
+    expected = fused("rotary_attention", theta=54321.0)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        output = compiled(q, q, q)
+        (gradient,) = torch.autograd.grad(output.float().square().sum(), q)
+        other = expected(q, q, q)
+        torch.testing.assert_close(output, other)
+        torch.testing.assert_close(gradient, torch.autograd.grad(other.float().square().sum(), q)[0])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@both
+def test_on_the_second_gpu(name):
+    arguments = {n: t.detach().to("cuda:1").requires_grad_() for n, t in inputs([40, 40]).items()}
+    hold(name, arguments, dropout_p=0.1, seed=1)
+
+
 @both
 def test_what_the_kernels_do_not_serve(name):
     x = torch.zeros(1, 3, 1, 16, device=DEVICE)
@@ -410,10 +465,13 @@ def test_what_the_kernels_do_not_serve(name):
     cases = [
         ((x.double(),) * 3, {}, "q is torch.float64, not float16, bfloat16 or float32"),
         ((wide,) * 3, {}, "the head dim is 130, more than 128"),
-        ((x,) * 3, {"scale": -1.0}, "scale is -1.0, not positive"),
+        ((x,) * 3, {"scale": -1.0}, "scale is -1.0, not at least 1e-30"),
     ]
     if not CUDA:
         cases.append(((x.bfloat16(),) * 3, {}, "q is bfloat16, whose products Triton's interpreter gets wrong"))
+    far = torch.zeros(1, device=DEVICE).expand(1, 2**18, 128, 64)
+    with pytest.raises(BackendError, match="offsets within q of shape .1, 262144, 128, 64. do not fit 32 bits"):
+        fused(name)(far, far, far)
     for operands, options, reason in cases:
         with pytest.raises(BackendError, match=f"backend 'triton' cannot serve {name}: {reason}"):
             fused(name, **options)(*operands)

@@ -26,21 +26,22 @@ def attention(
     q, k, v: one shape, one floating dtype, any strides (views of a fused projection need no copy). Either dense
     [B, L, H, D], with key_padding_mask bool [B, L] where sequences are shorter (True for a real token); or packed
     [T, H, D], the tokens of B sequences one after another, with cu_seqlens int32 [B + 1], where sequence b is rows
-    cu_seqlens[b] to cu_seqlens[b + 1], and max_seqlen, an int no smaller than the longest (None: it is computed, for
-    which a GPU has to be waited for). Sequences may be empty, and so may the batch.
+    cu_seqlens[b] to cu_seqlens[b + 1], and max_seqlen, an int no smaller than the longest (None: backend "torch"
+    computes it, for which a GPU has to be waited for; "triton" does without). Sequences may be empty, and so may the
+    batch.
 
     The mask hides keys: a query at a masked position is answered too. What q, k and v hold at masked positions reaches
     no other, even NaN, and k and v get zero gradients there. A sequence without a real key gives zeros.
 
     scale: None for 1/sqrt(D). dropout_p: 0 <= dropout_p < 1, on the probabilities. seed: None takes PyTorch's
     generator, an int gives the same mask in every backend. backend: see fastbert.use_backend. Under autocast q, k, v
-    are cast to its dtype. Returns a tensor of q's shape. Differentiable once, in q, k, v; with dropout, the transforms
-    of torch.func (grad, vmap) need backend "reference".
+    are cast to its dtype. Returns a tensor of q's shape. Differentiable once, in q, k, v; the transforms of torch.func
+    (grad, vmap) need backend "reference", or "torch" without dropout.
 
-    Backend "triton", the default on CUDA: float16, bfloat16 and float32 (IEEE products), D up to 128, scale above 0,
-    compute capability 8.0 and up; its gradients are the same bits in every run. Strides are taken as they are if the
-    last dimension is contiguous; float32 [H, T] is kept for the backward besides operands and output. On the CPU in
-    Triton's interpreter only, if asked for, without bfloat16.
+    Backend "triton", the default on CUDA: float16, bfloat16 and float32 (IEEE products), D up to 128, scale at least
+    1e-30, compute capability 8.0 and up. Its gradients have the same bits in every run. A last dimension that is not
+    contiguous is copied. For the backward it keeps the operands, the output and float32 [H, T]. On the CPU in Triton's
+    interpreter only, if asked for, without bfloat16.
 
     Raises ShapeError, DtypeError, ConfigError (scale, dropout_p, seed, max_seqlen), BackendError. On a GPU the values
     in cu_seqlens and max_seqlen are not checked.

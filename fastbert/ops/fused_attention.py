@@ -1,6 +1,9 @@
 """Attention and rotary attention on the Triton kernels of kernels/attention.py: when they serve, autograd, and the
 registered operators that torch.compile sees."""
 
+import math
+import os
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,7 @@ from fastbert.philox import threshold
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 128
+MIN_SCALE = 1e-30
 
 
 def _serves(q: Tensor, scale: float | None) -> str | None:
@@ -16,9 +20,11 @@ def _serves(q: Tensor, scale: float | None) -> str | None:
         return f"q is {q.dtype}, not float16, bfloat16 or float32"
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"the head dim is {q.shape[-1]}, more than {MAX_HEAD_DIM}"
-    if scale is not None and scale <= 0:
-        return f"scale is {scale}, not positive"
-    if not q.is_cuda and q.dtype == torch.bfloat16:
+    if scale is not None and scale < MIN_SCALE:
+        return f"scale is {scale}, not at least {MIN_SCALE}"
+    if (q.shape[-3] + 256) * q.shape[-2] * q.shape[-1] >= 2**31:
+        return f"offsets within q of shape {tuple(q.shape)} do not fit 32 bits"
+    if q.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
         return "q is bfloat16, whose products Triton's interpreter gets wrong"
     return triton_cannot_run(q.device)
 
@@ -46,7 +52,7 @@ def attention(
     """See reference.attention; with theta, reference.rotary_attention."""
     if q.numel() == 0:
         return q + k + v  # as empty as the answer, and differentiable in all three
-    longest = q.shape[1] if cu_seqlens is None else q.shape[0] if max_seqlen is None else max_seqlen
+    longest = q.shape[-3] if cu_seqlens is None or max_seqlen is None else min(max_seqlen, q.shape[-3])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     seeds, drop = None, 0
     if dropout_p > 0:
@@ -55,14 +61,16 @@ def attention(
     by_halves = rotate_value and not interleaved
     if by_halves:
         v = v.unflatten(-1, (2, -1)).mT.flatten(-2)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    arguments = (
-        *(q, k, v, key_padding_mask, cu_seqlens, seeds, longest, float(scale), drop),
-        *(None if theta is None else float(theta), rotate_value, interleaved, save),
-    )
     # A compiler, and tensors that are not plain (fake ones), see a registered operator. It costs microseconds more.
     plain = not torch.compiler.is_compiling() and type(q) in (Tensor, torch.nn.Parameter)
-    o = (_Attention.apply if plain else _forward_op)(*arguments)[0]
+    table = None
+    if theta is not None:
+        table = (_table if plain else _build_table)(longest, q.shape[-1], float(theta), q.device)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    ends = None if cu_seqlens is None else cu_seqlens.contiguous()
+    o = (_Attention.apply if plain else _forward_op)(
+        *(q, k, v, key_padding_mask, ends, seeds, table, longest, float(scale), drop, rotate_value, interleaved, save)
+    )[0]
     return o.unflatten(-1, (-1, 2)).mT.flatten(-2) if by_halves else o
 
 
@@ -79,14 +87,16 @@ def _seeds(seed: int | None, device: torch.device) -> Tensor:
 
 
 def _table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Cosines and sines, float32 [2, positions, D/2], of angles in float64, for at least `length` positions."""
-    # Powers of two, so that a run over many lengths keeps few; the kernels want 256 rows.
-    key = max(256, 1 << (length - 1).bit_length()), head_dim, theta, device
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and key not in _tables:
-        return _build_table(*key)  # part of the graph, and of its memory
+    """_build_table, kept for the next call."""
+    # Powers of two, so that a run over many lengths keeps few
+    key = 1 << (length - 1).bit_length(), head_dim, theta, device
     if key not in _tables:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return _build_table(*key)  # part of the graph, and of its memory
         with torch.inference_mode(False):
             _tables[key] = _build_table(*key)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # other streams will read it
     return _tables[key]
 
 
@@ -95,20 +105,20 @@ _tables: dict[tuple[int, int, float, torch.device], Tensor] = {}
 
 
 def _build_table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Cosines and sines, float32 [2, positions, D/2], of angles in float64, for `length` positions and no less than the
+    256 that the kernels want."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
-    angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequencies)
+    positions = torch.arange(max(length, 256), dtype=torch.float64, device=device)
+    angle = positions[:, None] * frequencies
     return torch.stack((angle.cos(), angle.sin())).float()
 
 
-def _parts(q: Tensor, mask, ends, seeds, longest: int, drop: int, theta, rotate_value: bool, interleaved: bool):
+def _parts(mask, ends, seeds, table, longest: int, drop: int, rotate_value: bool, interleaved: bool):
     """The (sequences, rotation, dropout) of the kernels."""
     from fastbert.kernels.launch import Dropout, Rotation, Sequences
 
-    rotation = None
-    if theta is not None:
-        rotation = Rotation(_table(longest, q.shape[-1], theta, q.device), rotate_value, interleaved)
-    dropout = Dropout(seeds, drop) if drop else None
-    return Sequences(longest, mask, ends), rotation, dropout
+    rotation = None if table is None else Rotation(table, rotate_value, interleaved)
+    return Sequences(longest, mask, ends), rotation, Dropout(seeds, drop) if drop else None
 
 
 def _forward(
@@ -118,10 +128,10 @@ def _forward(
     mask: Tensor | None,
     ends: Tensor | None,
     seeds: Tensor | None,
+    table: Tensor | None,
     longest: int,
     scale: float,
     drop: int,
-    theta: float | None,
     rotate_value: bool,
     interleaved: bool,
     save: bool,
@@ -129,7 +139,7 @@ def _forward(
     """attention_fwd, with empty tensors for None."""
     from fastbert.kernels import attention as kernels
 
-    parts = _parts(q, mask, ends, seeds, longest, drop, theta, rotate_value, interleaved)
+    parts = _parts(mask, ends, seeds, table, longest, drop, rotate_value, interleaved)
     outputs = kernels.attention_fwd(q, k, v, scale, *parts, save)
     return tuple(q.new_empty(0) if t is None else t for t in outputs)
 
@@ -145,25 +155,25 @@ def _backward(
     mask: Tensor | None,
     ends: Tensor | None,
     seeds: Tensor | None,
+    table: Tensor | None,
     longest: int,
     scale: float,
     drop: int,
-    theta: float | None,
     rotate_value: bool,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from fastbert.kernels import attention as kernels
 
-    parts = _parts(q, mask, ends, seeds, longest, drop, theta, rotate_value, interleaved)
+    parts = _parts(mask, ends, seeds, table, longest, drop, rotate_value, interleaved)
     return kernels.attention_bwd(do, q, k, v, given, o, lse, scale, *parts)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, mask, ends, seeds, *ctx.options, save = inputs
+    q, k, v, mask, ends, seeds, table, *ctx.options, save = inputs
     o, lse, *used = output
     if save:
         operands = [new if new.numel() else old for new, old in zip(used, (q, k, v), strict=True)]
-        ctx.save_for_backward(*operands, None if mask is None else q, o, lse, mask, ends, seeds)
+        ctx.save_for_backward(*operands, None if mask is None else q, o, lse, mask, ends, seeds, table)
 
 
 def _gradients(backward, ctx, do):
@@ -189,14 +199,12 @@ _backward_op = torch.library.custom_op("fastbert::attention_backward", _backward
 
 
 @_forward_op.register_fake
-def _(q, k, v, mask, ends, seeds, longest, scale, drop, theta, rotate_value, interleaved, save):
+def _(q, k, v, mask, ends, seeds, table, longest, scale, drop, rotate_value, interleaved, save):
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
-    changed = save and (theta is not None or mask is not None)
-    used = [torch.empty_like(o) if changed else q.new_empty(0) for _ in "qk"]
-    used.append(torch.empty_like(o) if changed and rotate_value else q.new_empty(0))
-    rows = q.shape[:-2].numel()
-    lse = torch.empty(q.shape[-2], rows, dtype=torch.float32, device=q.device) if save else q.new_empty(0)
-    return o, lse, *used
+    used = save and (table is not None or mask is not None), save and table is not None, save and rotate_value
+    shape = (q.shape[-2], math.prod(q.shape[:-2])) if save else (0,)
+    lse = torch.empty(shape, dtype=torch.float32 if save else q.dtype, device=q.device)
+    return o, lse, *(torch.empty_like(o) if new else q.new_empty(0) for new in used)
 
 
 @_backward_op.register_fake

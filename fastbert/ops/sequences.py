@@ -72,6 +72,7 @@ def call(
         return twins[pick(op, predicates, asked, q, arguments["scale"])](q, k, v, **arguments)
     dtype = torch.get_autocast_dtype(device)
     q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+    checks.same_dtype(q=q, k=k, v=v)
     with torch.autocast(device, enabled=False):
         return twins[pick(op, predicates, asked, q, arguments["scale"])](q, k, v, **arguments)
 
