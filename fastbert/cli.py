@@ -198,7 +198,8 @@ def _choice(op: str, call: Callable) -> tuple[str, dict[str, str]]:
         found["chosen"] = backend.pick(op, predicates, asked, *arguments)
         return found["chosen"]
 
-    with mock.patch.object(import_module(f"fastbert.ops.{op}"), "pick", pick):
+    module = import_module(f"fastbert.ops.{op}")
+    with mock.patch.object(module if hasattr(module, "pick") else module.sequences, "pick", pick):
         call()
     return found["chosen"], found["reasons"]
 
