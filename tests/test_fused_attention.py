@@ -154,17 +154,41 @@ def test_tiles_of_any_size_give_the_same(block_m, block_n, monkeypatch):
     hold("rotary_attention", inputs(lengths, layout="packed", dtype=torch.float16), dropout_p=0.3, seed=2)
 
 
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+SHAPES = [
+    (HALF, 16),
+    (HALF, 26),
+    (HALF, 32),
+    (HALF, 64),
+    (HALF, 80),
+    (HALF, 128),
+    (BRAIN, 64),
+    (SINGLE, 64),
+    (SINGLE, 128),
+]
+
+
 @on_a_gpu
 @both
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [16, 26, 32, 64, 80, 128])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_every_configuration_on_this_gpu(name, dtype, head_dim, dropout_p):
-    options = [{}] if name == "attention" else [{}, {"rotate_value": True}, {"interleaved": False}]
-    for layout in ("padded", "packed"):
-        arguments = inputs([300, 0, 77, 128], 2, head_dim, layout=layout, dtype=dtype, padding=NAN)
-        for flags in options:
-            hold(name, arguments, dropout_p=dropout_p, seed=7, **flags)
+@pytest.mark.parametrize("dtype, head_dim", SHAPES, ids=str)
+def test_every_configuration_on_this_gpu(name, dtype, head_dim):
+    """With 128 tokens at most and with more, dropout and none: each compiles kernels of its own."""
+    for layout, dropout_p, lengths in (
+        ("padded", 0.1, [300, 0, 77]),
+        ("packed", 0.0, [300, 0, 77]),
+        ("packed", 0.1, [128, 3]),
+    ):
+        arguments = inputs(lengths, 2, head_dim, layout=layout, dtype=dtype, padding=NAN)
+        hold(name, arguments, dropout_p=dropout_p, seed=7)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("flags", [{"rotate_value": True}, {"interleaved": False}], ids=str)
+def test_every_rotation_on_this_gpu(layout, flags):
+    for dropout_p in (0.0, 0.1):
+        arguments = inputs([300, 0, 77], 2, 64, layout=layout, dtype=HALF, padding=NAN)
+        hold("rotary_attention", arguments, dropout_p=dropout_p, seed=7, **flags)
 
 
 @pytest.mark.parametrize("length", [2048, pytest.param(8192, marks=on_a_gpu)])
@@ -478,16 +502,20 @@ def test_what_the_kernels_do_not_serve(name):
         getattr(ops, name)(*operands, **options)
 
 
-def test_the_default_on_cuda_and_on_request_elsewhere(monkeypatch):
+def test_the_default_for_16_bits_on_cuda_and_on_request_elsewhere(monkeypatch):
     calls, launch = [], attention.attention_fwd
-    monkeypatch.setattr(attention, "attention_fwd", lambda *args: calls.append(1) or launch(*args))
+    monkeypatch.setattr(attention, "attention_fwd", lambda *args: calls.append(args[0].dtype) or launch(*args))
     x = torch.zeros(1, 3, 1, 16, device=DEVICE)
     ops.attention(x, x, x)
-    assert len(calls) == CUDA
+    ops.attention(*(x.half(),) * 3)
+    with torch.autocast(DEVICE, torch.float16):
+        ops.rotary_attention(x, x, x)
+    assert calls == ([torch.float16] * 2 if CUDA else [])
+    calls.clear()
     monkeypatch.setenv("FASTBERT_BACKEND", "triton")
     ops.attention(x, x, x)
     ops.rotary_attention(x, x, x)
-    assert len(calls) == CUDA + 2
+    assert calls == [torch.float32] * 2
     if not CUDA:
         monkeypatch.delenv("TRITON_INTERPRET")
         with pytest.raises(BackendError, match="it would run on cpu, not on CUDA, and TRITON_INTERPRET=1 is not set"):
@@ -495,8 +523,7 @@ def test_the_default_on_cuda_and_on_request_elsewhere(monkeypatch):
 
 
 def test_roformer_trains_on_it_as_on_the_portable_twin(monkeypatch):
-    """What a model does on CUDA, where the kernels are the default."""
-    monkeypatch.setattr(fused_attention, "ELSEWHERE", fused_attention.ON_CUDA)
+    """What a model does in 16 bits on CUDA, where the kernels are the default."""
     sizes = {
         "vocab_size": 40,
         "hidden_size": 32,
@@ -507,10 +534,9 @@ def test_roformer_trains_on_it_as_on_the_portable_twin(monkeypatch):
     model = RoFormerModel(EncoderConfig("roformer", **sizes)).to(DEVICE).eval()
     ids = torch.randint(1, 40, (2, 20), device=DEVICE)
     mask = torch.arange(20, device=DEVICE) < torch.tensor([[20], [7]], device=DEVICE)
-    results = []
-    for order in (fused_attention.ON_CUDA, {"torch": fused_attention.serves}):
-        monkeypatch.setattr(fused_attention, "ON_CUDA", order)
-        monkeypatch.setattr(fused_attention, "ELSEWHERE", order)
+    results, every = [], fused_attention.backends(torch.empty(0))
+    for only in ("triton", "torch"):
+        monkeypatch.setattr(fused_attention, "backends", lambda _, only=only: {only: every[only]})
         model.zero_grad()
         output = model(ids, attention_mask=mask).last_hidden_state
         output.square().sum().backward()

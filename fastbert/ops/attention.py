@@ -38,10 +38,10 @@ def attention(
     are cast to its dtype. Returns a tensor of q's shape. Differentiable once, in q, k, v; the transforms of torch.func
     (grad, vmap) need backend "reference", or "torch" without dropout.
 
-    Backend "triton", the default on CUDA: float16, bfloat16 and float32 (IEEE products), D up to 128, scale at least
-    1e-30, compute capability 8.0 and up. Its gradients have the same bits in every run. A last dimension that is not
-    contiguous is copied. For the backward it keeps the operands, the output and float32 [H, T]. On the CPU in Triton's
-    interpreter only, if asked for, without bfloat16.
+    Backend "triton", the default on CUDA for float16 and bfloat16: D up to 128, scale at least 1e-30, compute
+    capability 8.0 and up. Its gradients have the same bits in every run. A last dimension that is not contiguous is
+    copied. For the backward it keeps the operands, the output and float32 [H, T]. If asked for, it also serves float32,
+    in IEEE arithmetic without the matrix unit, and on the CPU, in Triton's interpreter, float16 and float32.
 
     Raises ShapeError, DtypeError, ConfigError (scale, dropout_p, seed, max_seqlen), BackendError. On a GPU the values
     in cu_seqlens and max_seqlen are not checked.
@@ -51,8 +51,7 @@ def attention(
     sequences.check(q, k, v, key_padding_mask, cu_seqlens, max_seqlen, scale, dropout_p, seed)
     return sequences.call(
         "attention",
-        fused_attention.ON_CUDA,
-        fused_attention.ELSEWHERE,
+        fused_attention.backends,
         _TWINS,
         backend,
         q,

@@ -46,8 +46,7 @@ def relative_attention(
     checks.number("max_relative_position", max_relative_position, lambda x: x >= 1, "at least 1, an int", whole=True)
     return sequences.call(
         "relative_attention",
-        _BACKENDS,
-        _BACKENDS,
+        lambda _: _BACKENDS,
         _TWINS,
         backend,
         q,

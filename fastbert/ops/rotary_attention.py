@@ -47,8 +47,7 @@ def rotary_attention(
     checks.number("theta", theta, lambda x: 0 < x < math.inf, "a positive number")
     return sequences.call(
         "rotary_attention",
-        fused_attention.ON_CUDA,
-        fused_attention.ELSEWHERE,
+        fused_attention.backends,
         _TWINS,
         backend,
         q,

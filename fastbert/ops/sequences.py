@@ -56,8 +56,7 @@ def check(
 
 def call(
     op: str,
-    on_cuda: Mapping[str, Predicate],
-    elsewhere: Mapping[str, Predicate],
+    backends: Callable[[Tensor], Mapping[str, Predicate]],
     twins: Mapping[str, Callable[..., Tensor]],
     asked: str | None,
     q: Tensor,
@@ -65,16 +64,16 @@ def call(
     v: Tensor,
     **arguments,
 ) -> Tensor:
-    """The picked twin of q, k, v; under autocast in its dtype (float64 stays), and without casts inside."""
+    """The twin that is picked of backends(q), called with q, k, v; under autocast in its dtype (float64 stays), and
+    without casts inside."""
     device = q.device.type
-    predicates = on_cuda if device == "cuda" else elsewhere
-    if not torch.is_autocast_enabled(device):
-        return twins[pick(op, predicates, asked, q, arguments["scale"])](q, k, v, **arguments)
-    dtype = torch.get_autocast_dtype(device)
-    q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
-    checks.same_dtype(q=q, k=k, v=v)
-    with torch.autocast(device, enabled=False):
-        return twins[pick(op, predicates, asked, q, arguments["scale"])](q, k, v, **arguments)
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+        checks.same_dtype(q=q, k=k, v=v)
+        with torch.autocast(device, enabled=False):
+            return call(op, backends, twins, asked, q, k, v, **arguments)
+    return twins[pick(op, backends(q), asked, q, arguments["scale"])](q, k, v, **arguments)
 
 
 def check_packed(cu_seqlens: Tensor, max_seqlen: int | None, tokens: int) -> None:
