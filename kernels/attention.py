@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import tile
-from fastbert.kernels.launch import Dropout, Rotation, Sequences
+from fastbert.kernels.launch import Dropout, Rotation, Sequences, alignment
 
 _LOG2_E = math.log2(math.e)
 # Arguments whose divisors are no reason to compile anew
@@ -79,16 +79,16 @@ def _forward_kernel(
     batch, length, total, heads, stride_qb, stride_q, stride_qh, stride_kb, stride_k, stride_kh,
     stride_vb, stride_v, stride_vh, stride_mb, stride_mask, scale, drop, factor,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TURN_V: tl.constexpr, HALVES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """o, and where wanted the log-sum-exp of each row (base 2) and q, k, v as they were multiplied."""
     i_head = tl.program_id(0) % heads
     i_batch, start, length, first_m = tile.locate(tl.program_id(0) // heads, p_ends, batch, length, BLOCK_M)
     if first_m >= length:
         return
-    p_q = tile.head(p_q, i_batch, start, i_head, stride_qb, stride_q, stride_qh)
-    p_k = tile.head(p_k, i_batch, start, i_head, stride_kb, stride_k, stride_kh)
-    p_v = tile.head(p_v, i_batch, start, i_head, stride_vb, stride_v, stride_vh)
+    p_q, stride_q = tile.head(p_q, i_batch, start, i_head, stride_qb, stride_q, stride_qh, ALIGN)
+    p_k, stride_k = tile.head(p_k, i_batch, start, i_head, stride_kb, stride_k, stride_kh, ALIGN)
+    p_v, stride_v = tile.head(p_v, i_batch, start, i_head, stride_vb, stride_v, stride_vh, ALIGN)
     row = (start if p_ends is not None else i_batch * length) + first_m
     rest = length - first_m
     o_head = (tl.cast(row - first_m, tl.int64) * heads + i_head) * HEAD_DIM
@@ -188,7 +188,7 @@ def _backward_q_kernel(
     stride_vb, stride_v, stride_vh, stride_dob, stride_do, stride_doh, stride_gb, stride_g, stride_gh,
     stride_mb, stride_mask, scale, drop, factor, factor_dq,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TURN_V: tl.constexpr, HALVES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta_i = do_i.o_i / factor. q, k, v: as the forward multiplied them. p_q_given: q as it came, if there
     is a mask."""
@@ -196,10 +196,10 @@ def _backward_q_kernel(
     i_batch, start, length, first_m = tile.locate(tl.program_id(0) // heads, p_ends, batch, length, BLOCK_M)
     if first_m >= length:
         return
-    p_q = tile.head(p_q, i_batch, start, i_head, stride_qb, stride_q, stride_qh)
-    p_k = tile.head(p_k, i_batch, start, i_head, stride_kb, stride_k, stride_kh)
-    p_v = tile.head(p_v, i_batch, start, i_head, stride_vb, stride_v, stride_vh)
-    p_do = tile.head(p_do, i_batch, start, i_head, stride_dob, stride_do, stride_doh)
+    p_q, stride_q = tile.head(p_q, i_batch, start, i_head, stride_qb, stride_q, stride_qh, ALIGN)
+    p_k, stride_k = tile.head(p_k, i_batch, start, i_head, stride_kb, stride_k, stride_kh, ALIGN)
+    p_v, stride_v = tile.head(p_v, i_batch, start, i_head, stride_vb, stride_v, stride_vh, ALIGN)
+    p_do, stride_do = tile.head(p_do, i_batch, start, i_head, stride_dob, stride_do, stride_doh, ALIGN)
     row = (start if p_ends is not None else i_batch * length) + first_m
     rest = length - first_m
     o_head = (tl.cast(row - first_m, tl.int64) * heads + i_head) * HEAD_DIM
@@ -239,8 +239,8 @@ def _backward_q_kernel(
         b_cos, b_sin = tile.angles(p_cos, p_sin, first_m + tl.minimum(o_m, rest - 1), HEAD_DIM, BLOCK_D)
         b_dq = tile.turn(b_dq, b_cos, -b_sin)
     if p_mask is not None:
-        p_given = tile.head(p_q_given, i_batch, start, i_head, stride_gb, stride_g, stride_gh) + first_m * stride_g
-        b_given = tile.load(p_given, o_m, m_m, stride_g, HEAD_DIM, BLOCK_D, HALVES).to(tl.float32)
+        p_given, stride_g = tile.head(p_q_given, i_batch, start, i_head, stride_gb, stride_g, stride_gh, ALIGN)
+        b_given = tile.load(p_given + first_m * stride_g, o_m, m_m, stride_g, HEAD_DIM, BLOCK_D, HALVES).to(tl.float32)
         m_real = tile.real(p_mask + first_m * stride_mask, o_m, stride_mask, rest)
         b_dq = tl.where(m_real[:, None] | (tl.abs(b_given) < float("inf")), b_dq, 0)
     p_dq += (tl.cast(row, tl.int64) * heads + i_head) * HEAD_DIM
@@ -254,17 +254,17 @@ def _backward_kv_kernel(
     stride_vb, stride_v, stride_vh, stride_dob, stride_do, stride_doh, stride_mb, stride_mask,
     scale, drop, factor, factor_dk,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TURN_V: tl.constexpr, HALVES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv, from delta as _backward_q_kernel leaves it. q, k, v: as the forward multiplied them."""
     i_head = tl.program_id(0) % heads
     i_batch, start, length, first_n = tile.locate(tl.program_id(0) // heads, p_ends, batch, length, BLOCK_N)
     if first_n >= length:
         return
-    p_q = tile.head(p_q, i_batch, start, i_head, stride_qb, stride_q, stride_qh)
-    p_k = tile.head(p_k, i_batch, start, i_head, stride_kb, stride_k, stride_kh)
-    p_v = tile.head(p_v, i_batch, start, i_head, stride_vb, stride_v, stride_vh)
-    p_do = tile.head(p_do, i_batch, start, i_head, stride_dob, stride_do, stride_doh)
+    p_q, stride_q = tile.head(p_q, i_batch, start, i_head, stride_qb, stride_q, stride_qh, ALIGN)
+    p_k, stride_k = tile.head(p_k, i_batch, start, i_head, stride_kb, stride_k, stride_kh, ALIGN)
+    p_v, stride_v = tile.head(p_v, i_batch, start, i_head, stride_vb, stride_v, stride_vh, ALIGN)
+    p_do, stride_do = tile.head(p_do, i_batch, start, i_head, stride_dob, stride_do, stride_doh, ALIGN)
     row = (start if p_ends is not None else i_batch * length) + first_n
     rest = length - first_n
     p_lse += tl.cast(i_head, tl.int64) * total + row - first_n
@@ -389,13 +389,13 @@ def attention_fwd(
     changed = turned or sequences.mask is not None, turned, turned and rotation.values
     used = [torch.empty_like(o) if save and new else None for new in changed]
     q, k, v = (sequences.operand(t) for t in (q, k, v))
+    strides = [stride for t in (q, k, v) for stride in sequences.strides(t)]
     tables, drop_and_factor = _tables_and_dropout(rotation, dropout)
-    config = _compile_time("forward", q, sequences, rotation, dropout)
+    config = _compile_time("forward", q, sequences, rotation, dropout, strides)
     with torch.cuda.device_of(q):
         _forward_kernel[sequences.grid(q, config["BLOCK_M"])](
             *(q, k, v, sequences.mask, sequences.ends, *tables, o, lse, *used),
-            *(*shape, *(stride for t in (q, k, v) for stride in sequences.strides(t))),
-            *(*sequences.mask_strides, scale * _LOG2_E, *drop_and_factor),
+            *(*shape, *strides, *sequences.mask_strides, scale * _LOG2_E, *drop_and_factor),
             **config,
         )
     return o, lse, *used
@@ -426,11 +426,11 @@ def attention_bwd(
     operands = q, k, v, sequences.mask, sequences.ends, *tables, do
     scales = *sequences.mask_strides, scale * _LOG2_E, drop, factor, scale * factor
     with torch.cuda.device_of(q):
-        config = _compile_time("backward_q", q, sequences, rotation, dropout)
+        config = _compile_time("backward_q", q, sequences, rotation, dropout, [*strides, *of_given])
         _backward_q_kernel[sequences.grid(q, config["BLOCK_M"])](
             *(*operands, o, lse, delta, dq, given, *shape, *strides, *of_given, *scales), **config
         )
-        config = _compile_time("backward_kv", q, sequences, rotation, dropout)
+        config = _compile_time("backward_kv", q, sequences, rotation, dropout, strides)
         _backward_kv_kernel[sequences.grid(q, config["BLOCK_N"])](
             *(*operands, lse, delta, dk, dv, *shape, *strides, *scales), **config
         )
@@ -438,7 +438,12 @@ def attention_bwd(
 
 
 def _compile_time(
-    kernel: str, q: Tensor, sequences: Sequences, rotation: Rotation | None, dropout: Dropout | None
+    kernel: str,
+    q: Tensor,
+    sequences: Sequences,
+    rotation: Rotation | None,
+    dropout: Dropout | None,
+    strides: list[int],
 ) -> dict:
     values = rotation is not None and rotation.values
     facts = {"rotary": rotation, "values": values or None, "dropout": dropout, "mask": sequences.mask}
@@ -448,6 +453,7 @@ def _compile_time(
         "BLOCK_D": max(16, triton.next_power_of_2(q.shape[-1])),
         "TURN_V": values,
         "HALVES": rotation is not None and not rotation.interleaved,
+        "ALIGN": alignment(strides),
     }
 
 

@@ -1,6 +1,7 @@
 """What the launchers of attention kernels are told besides q, k and v."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
@@ -57,3 +58,10 @@ class Dropout(NamedTuple):
 
     seed: Tensor
     drop: int
+
+
+def alignment(strides: Sequence[int]) -> int:
+    """The largest power of two below 16 that divides all of them; 1 also if 16 does, which Triton sees by itself."""
+    common = math.gcd(*strides)
+    power = common & -common
+    return power if 0 < power < 16 else 1

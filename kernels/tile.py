@@ -29,10 +29,13 @@ def locate(i_tile, p_ends, batch, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def head(p, i_batch, start, i_head, stride_b, stride, stride_h):
-    """A head's first row. The offset may need 64 bits; those within a sequence do not (see launch.Sequences)."""
+def head(p, i_batch, start, i_head, stride_b, stride, stride_h, ALIGN: tl.constexpr):
+    """A head's first row, and the stride from row to row, both seen to be multiples of ALIGN elements. The offset may
+    need 64 bits; those within a sequence do not (see launch.Sequences)."""
+    if ALIGN > 1:
+        stride_b, stride, stride_h = stride_b // ALIGN * ALIGN, stride // ALIGN * ALIGN, stride_h // ALIGN * ALIGN
     p += tl.cast(i_batch, tl.int64) * stride_b + tl.cast(start, tl.int64) * stride
-    return p + tl.cast(i_head, tl.int64) * stride_h
+    return p + tl.cast(i_head, tl.int64) * stride_h, stride
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from fastbert.testing import compare, make_inputs
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from fastbert.kernels import attention, tile  # noqa: E402
+from fastbert.kernels import attention, launch, tile  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.kernel]
 CUDA = torch.cuda.is_available()
@@ -262,6 +262,22 @@ def test_views_and_odd_strides(name):
         plain = {n: t.detach().contiguous().requires_grad_() for n, t in arguments.items()}
         some, others = (torch.autograd.grad(fused(name)(**a).sum(), list(a.values())) for a in (arguments, plain))
         assert equal(some, others)
+
+
+@pytest.mark.parametrize(
+    "strides, expected", [([768, 64, 0], 1), ([936, 26, 1024], 2), ([40, 480], 8), ([3, 16], 1), ([0, 0, 0], 1)]
+)
+def test_what_divides_strides(strides, expected):
+    assert launch.alignment(strides) == expected
+
+
+@both
+@pytest.mark.parametrize("width, first", [(26, 0), (29, 0), (30, 1), (40, 8)])
+def test_strides_that_16_does_not_divide(name, width, first):
+    """Head dims such as 26 are read as many bytes at a time as the strides allow."""
+    projection = torch.randn(2, 20, 3, 2, width, device=DEVICE)[..., first : first + 24]
+    arguments = {n: t.requires_grad_() for n, t in zip("qkv", projection.unbind(2), strict=True)}
+    hold(name, arguments, dropout_p=0.1, seed=1)
 
 
 @both

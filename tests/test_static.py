@@ -136,6 +136,16 @@ def test_attention_multiplies_on_the_matrix_unit_alone_and_loads_16_bytes(shippe
         assert each.residency[0] * each.used.warps >= 8, title(each)
 
 
+def test_head_dims_that_16_does_not_divide_load_pairs(shipped):
+    """26 elements of 2 bytes: 4 bytes at a time, not 2."""
+    rows = [each for each in shipped if each.names[0].startswith("float16 26")]
+    assert len(rows) == 3 * len(sass.TARGETS)
+    narrow = [
+        (title(each), i.mnemonic) for each in rows for i in each.code if i.pipe == "gmem" and ".U16" in i.mnemonic
+    ]
+    assert not narrow
+
+
 def test_gelu_has_registers_to_spare_and_moves_16_bytes_at_a_time(shipped):
     rows = [each for each in shipped if each.source == "gelu" and each.kernel != "_column_sum_kernel"]
     assert len(rows) == 2 * 6 * len(sass.TARGETS)
