@@ -139,6 +139,7 @@ def _forward_kernel(
     m_empty = b_sum == 0
     b_sum = tl.where(m_empty, 1, b_sum)
     b_lse = tl.where(m_empty, float("inf"), b_max + tl.log2(b_sum))
+    # Rows counted anew, from the tile: those from the start would stay in registers through the loops, and spill
     o_m = tile.rows(BLOCK_M)
     m_m = o_m < rest
     b_o *= (factor / b_sum)[:, None]
