@@ -63,7 +63,7 @@ def attention_keep(
     """bool [batch, heads, length, length], True where a probability is kept, for sequences first, first + 1, ..."""
     sequences = torch.arange(first, first + batch, device=device)
     if torch.compiler.is_compiling():
-        return _attention_keep_opaque(sequences, heads, length, _signed(seed), p)
+        return _attention_keep_opaque(sequences, heads, length, signed(seed), p)
     return _attention_keep(sequences, heads, length, seed, p)
 
 
@@ -87,14 +87,14 @@ def random_keep(shape: tuple[int, ...], p: float, *, device: torch.device | None
     return torch.ge(bits, drop - 32768, out=torch.empty_like(bits, dtype=torch.uint8)), 65536 / (65536 - drop)
 
 
-def _signed(seed: int) -> int:
-    """The same 64 bits as an int64."""
+def signed(seed: int) -> int:
+    """The same 64 bits as an int64, which operators and tensors take."""
     return seed if seed < 2**63 else seed - 2**64
 
 
 def _kept(counter: Words, seed: int, p: float, columns: int) -> Tensor:
     if torch.compiler.is_compiling():
-        return _kept_opaque(*counter, _signed(seed), p, columns)
+        return _kept_opaque(*counter, signed(seed), p, columns)
     words = torch.stack(torch.broadcast_tensors(*philox4x32(counter, seed)), dim=-1)
     return (_bytes(words) >= threshold(p)).flatten(-3)[..., :columns]
 

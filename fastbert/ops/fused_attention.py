@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastbert.backend import Predicate, lacks, serves, triton_cannot_run
-from fastbert.philox import threshold
+from fastbert.philox import signed, threshold
+from fastbert.portable import angles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 128
@@ -88,7 +89,7 @@ def _seeds(seed: int | None, device: torch.device) -> Tensor:
     """int64 [1], on the device: a captured graph draws anew at every replay, and nothing waits for it."""
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    return torch.full((1,), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=device)
+    return torch.full((1,), signed(seed), dtype=torch.int64, device=device)
 
 
 def _table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
@@ -112,9 +113,7 @@ _tables: dict[tuple[int, int, float, torch.device], Tensor] = {}
 def _build_table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
     """Cosines and sines, float32 [2, positions, D/2], of angles in float64, for `length` positions and no less than the
     256 that the kernels want."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
-    positions = torch.arange(max(length, 256), dtype=torch.float64, device=device)
-    angle = positions[:, None] * frequencies
+    angle = angles(max(length, 256), head_dim, theta, device)
     return torch.stack((angle.cos(), angle.sin())).float()
 
 
