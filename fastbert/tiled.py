@@ -290,7 +290,7 @@ def _sinusoids(radius: int, head_dim: int, dtype: torch.dtype, device: torch.dev
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2).to(device, dtype)
 
 
-def angles(positions: int, head_dim: int, theta: float, device: torch.device | str = "cpu") -> Tensor:
-    """float64 [positions, D/2], whatever the default device is: m theta^(-2k/D)."""
+def angles(positions: int, head_dim: int, theta: float, device: torch.device | str = "cpu", first: int = 0) -> Tensor:
+    """float64 [positions, D/2], whatever the default device is: m theta^(-2k/D) for m = first, first + 1, ..."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
-    return torch.outer(torch.arange(positions, dtype=torch.float64, device=device), frequencies)
+    return torch.outer(torch.arange(first, first + positions, dtype=torch.float64, device=device), frequencies)

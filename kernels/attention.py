@@ -20,7 +20,6 @@ Floors, B 32, H 12, L 512, D 64 on an H100: forward 30 us of DRAM (4 operands), 
 matrix products; backward 65 to 82 us of products, of which two kernels do 7/5.
 """
 
-import math
 from collections.abc import Set
 
 import torch
@@ -29,11 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import tile
-from fastbert.kernels.launch import Dropout, Rotation, Sequences, alignment
-
-_LOG2_E = math.log2(math.e)
-# Arguments whose divisors are no reason to compile anew
-_VARYING = ["batch", "length", "total", "stride_mb", "drop"]
+from fastbert.kernels.launch import LOG2_E, VARYING, Dropout, Rotation, Sequences, alignment, chosen
 
 
 @triton.jit
@@ -58,12 +53,8 @@ def _attend(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         if MASKED:
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
-        b_shift = tl.where(b_new == float("-inf"), 0, b_new) if MASKED else b_new
-        b_p = tl.exp2(b_s * scale - b_shift[:, None])
-        b_rescale = tl.exp2(b_max - b_shift)
+        b_p, b_max, b_rescale = tile.soften(b_s, b_max, None, scale, MASKED)
         b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
-        b_max = b_new
         if key is not None:
             b_p = tl.where(tile.keep(key, x, y, first_m, first_n, drop, BLOCK_M, BLOCK_N), b_p, zero)
         b_v = tile.load(p_v, o_n, m_n, stride_v, HEAD_DIM, BLOCK_D, False)
@@ -73,7 +64,7 @@ def _attend(
     return b_o, b_max, b_sum
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def _forward_kernel(
     p_q, p_k, p_v, p_mask, p_ends, p_cos, p_sin, p_seed, p_o, p_lse, p_q_used, p_k_used, p_v_used,
     batch, length, total, heads, stride_qb, stride_q, stride_qh, stride_kb, stride_k, stride_kh,
@@ -135,10 +126,7 @@ def _forward_kernel(
         length, stride_k, stride_v, stride_mask, scale, drop, first_m,
         HEAD_DIM, BLOCK_D, TURN_V, HALVES, BLOCK_M, BLOCK_N, True,
     )  # fmt: skip
-    # Without a real key: zeros, and probabilities of zero in the backward
-    m_empty = b_sum == 0
-    b_sum = tl.where(m_empty, 1, b_sum)
-    b_lse = tl.where(m_empty, float("inf"), b_max + tl.log2(b_sum))
+    b_sum, b_lse = tile.log_sum_exp(b_max, b_sum)
     # Rows counted anew, from the tile: those from the start would stay in registers through the loops, and spill
     o_m = tile.rows(BLOCK_M)
     m_m = o_m < rest
@@ -147,13 +135,6 @@ def _forward_kernel(
     tile.store(p_o, b_o, o_m, m_m, stride, HEAD_DIM, BLOCK_D, False)
     if p_lse is not None:
         tl.store(p_lse + tl.cast(i_head, tl.int64) * total + row + o_m, b_lse, mask=m_m)
-
-
-@triton.jit
-def _probabilities(b_exponent, p_mask):
-    """At most 1, also of a padded query so large that another order of summation moves its scores by powers of two: its
-    gradient of zero must win."""
-    return tl.exp2(b_exponent if p_mask is None else tl.minimum(b_exponent, 0))
 
 
 @triton.jit
@@ -172,7 +153,7 @@ def _differentiate(
         # [BLOCK_M, BLOCK_N]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
-        b_p = _probabilities(b_s * scale - b_lse[:, None], p_mask)
+        b_p = tile.probabilities(b_s * scale - b_lse[:, None], p_mask)
         if MASKED:
             b_p = tl.where(m_n[None, :], b_p, zero)
         if key is not None:
@@ -182,7 +163,7 @@ def _differentiate(
     return b_dq
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def _backward_q_kernel(
     p_q, p_k, p_v, p_mask, p_ends, p_cos, p_sin, p_seed, p_do, p_o, p_lse, p_delta, p_dq, p_q_given,
     batch, length, total, heads, stride_qb, stride_q, stride_qh, stride_kb, stride_k, stride_kh,
@@ -248,7 +229,7 @@ def _backward_q_kernel(
     tile.store(p_dq, b_dq * factor_dq, o_m, m_m, stride, HEAD_DIM, BLOCK_D, HALVES)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def _backward_kv_kernel(
     p_q, p_k, p_v, p_mask, p_ends, p_cos, p_sin, p_seed, p_do, p_lse, p_delta, p_dk, p_dv,
     batch, length, total, heads, stride_qb, stride_q, stride_qh, stride_kb, stride_k, stride_kh,
@@ -293,7 +274,7 @@ def _backward_kv_kernel(
         # [BLOCK_N, BLOCK_M]
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
-        b_p = _probabilities(b_s * scale - b_lse[None, :], p_mask)
+        b_p = tile.probabilities(b_s * scale - b_lse[None, :], p_mask)
         b_dropped = b_p
         if key is not None:
             b_keep = tl.trans(tile.keep(key, x, y, first_m, first_n, drop, BLOCK_M, BLOCK_N))
@@ -356,13 +337,7 @@ _CONFIGS = {
 def launch_config(kernel: str, q: Tensor, traits: Set[str], length: int) -> dict[str, int]:
     """Tile, warps and pipeline stages of "forward", "backward_q" or "backward_kv", with traits of "rotary", "values"
     (are turned too), "dropout" and "mask"."""
-    if q.dtype == torch.float32:
-        configs = _CONFIGS[32]
-    else:
-        major = 8 if triton.knobs.runtime.interpret else torch.cuda.get_device_capability(q.device)[0]
-        configs = _CONFIGS.get(major, _CONFIGS[8])
-    special = (configs[name] for trait in sorted(traits) if (name := f"{kernel} {trait}") in configs)
-    block_m, block_n, warps, stages = next(special, configs[kernel])[q.shape[-1] > 64]
+    block_m, block_n, warps, stages = chosen(_CONFIGS, kernel, q, traits)
     if block_m == 256 and (length <= 128 or "values" in traits):
         block_m = 128
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
@@ -396,7 +371,7 @@ def attention_fwd(
     with torch.cuda.device_of(q):
         _forward_kernel[sequences.grid(q, config["BLOCK_M"])](
             *(q, k, v, sequences.mask, sequences.ends, *tables, o, lse, *used),
-            *(*shape, *strides, *sequences.mask_strides, scale * _LOG2_E, *drop_and_factor),
+            *(*shape, *strides, *sequences.mask_strides, scale * LOG2_E, *drop_and_factor),
             **config,
         )
     return o, lse, *used
@@ -425,7 +400,7 @@ def attention_bwd(
     of_given = (0, 0, 0) if given is None else sequences.strides(given)
     tables, (drop, factor) = _tables_and_dropout(rotation, dropout)
     operands = q, k, v, sequences.mask, sequences.ends, *tables, do
-    scales = *sequences.mask_strides, scale * _LOG2_E, drop, factor, scale * factor
+    scales = *sequences.mask_strides, scale * LOG2_E, drop, factor, scale * factor
     with torch.cuda.device_of(q):
         config = _compile_time("backward_q", q, sequences, rotation, dropout, [*strides, *of_given])
         _backward_q_kernel[sequences.grid(q, config["BLOCK_M"])](

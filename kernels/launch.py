@@ -1,11 +1,16 @@
 """What the launchers of attention kernels are told besides q, k and v."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
+import torch
 import triton
 from torch import Tensor
+
+LOG2_E = math.log2(math.e)
+# Arguments whose divisors are no reason to compile anew
+VARYING = ["batch", "length", "total", "stride_mb", "drop"]
 
 
 class Sequences(NamedTuple):
@@ -53,6 +58,19 @@ class Rotation(NamedTuple):
     interleaved: bool
 
 
+class Relative(NamedTuple):
+    """NEZHA's sinusoids, of angles n theta_k, in rows of BLOCK_D elements, zeros from D on.
+
+    phases: float32 [2, 256, BLOCK_D/2], cosines and sines for n = R, R - 1, ... waves: [N, BLOCK_D] in q's dtype, sines
+    and cosines interleaved, for n = -N/2, 1 - N/2, ..., where N/2 is 512 more than R, or than max_length if that is
+    less. edges: [16, BLOCK_D] in q's dtype, T[0], T[2R] and zeros. radius: R, or 2^30 if that is less."""
+
+    phases: Tensor
+    waves: Tensor
+    edges: Tensor
+    radius: int
+
+
 class Dropout(NamedTuple):
     """seed: int64 [1]. drop: philox.py drops an element for so many bytes of 256."""
 
@@ -65,3 +83,17 @@ def alignment(strides: Sequence[int]) -> int:
     common = math.gcd(*strides)
     power = common & -common
     return power if 0 < power < 16 else 1
+
+
+def chosen(
+    configs: Mapping[int, Mapping[str, tuple]], kernel: str, q: Tensor, traits: Set[str]
+) -> tuple[int, int, int, int]:
+    """(BLOCK_M, BLOCK_N, warps, stages) for q's device, dtype and head dim, of a table for major compute capabilities
+    (8: all that it lacks; 32: float32) by kernel and, where it matters, trait; for head dims up to 64 and above."""
+    if q.dtype == torch.float32:
+        table = configs[32]
+    else:
+        major = 8 if triton.knobs.runtime.interpret else torch.cuda.get_device_capability(q.device)[0]
+        table = configs.get(major, configs[8])
+    special = (table[name] for trait in sorted(traits) if (name := f"{kernel} {trait}") in table)
+    return next(special, table[kernel])[q.shape[-1] > 64]

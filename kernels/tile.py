@@ -142,3 +142,36 @@ def real(p_mask, o_n, stride_mask, length):
     if p_mask is not None:
         m_n = tl.load(p_mask + o_n * stride_mask, mask=m_n, other=0) != 0
     return m_n
+
+
+@triton.jit
+def pivot(b_max):
+    """What to subtract from scores: the maximum, or zero where there is none yet."""
+    return tl.where(b_max == float("-inf"), 0, b_max)
+
+
+@triton.jit
+def soften(b_s, b_max, b_shift, scale, MASKED: tl.constexpr):
+    """A step of the online softmax, to base 2: (2^(scale (s + shift) - max), the new maximum, what sums to the old one
+    are to be multiplied by) of a tile of scores s, a number per row to add to them, and the old maximum. MASKED: there
+    may be rows whose scores are all -inf."""
+    b_shift = 0 if b_shift is None else b_shift * scale
+    b_max_new = tl.maximum(b_max, tl.max(b_s, 1) * scale + b_shift)
+    b_pivot = pivot(b_max_new) if MASKED else b_max_new
+    return tl.exp2(b_s * scale - (b_pivot - b_shift)[:, None]), b_max_new, tl.exp2(b_max - b_pivot)
+
+
+@triton.jit
+def log_sum_exp(b_max, b_sum):
+    """(the sums, log-sum-exp to base 2) of rows. Without a real key: 1 and inf, for zeros, and for probabilities of
+    zero in the backward."""
+    m_empty = b_sum == 0
+    b_sum = tl.where(m_empty, 1, b_sum)
+    return b_sum, tl.where(m_empty, float("inf"), b_max + tl.log2(b_sum))
+
+
+@triton.jit
+def probabilities(b_exponent, p_mask):
+    """At most 1, also of a padded query so large that another order of summation moves its scores by powers of two: its
+    gradient of zero must win."""
+    return tl.exp2(b_exponent if p_mask is None else tl.minimum(b_exponent, 0))

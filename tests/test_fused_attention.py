@@ -1,4 +1,5 @@
-"""The Triton kernels of attention and rotary attention: interpreted on a CPU, compiled on a GPU."""
+"""The Triton kernels of the attention ops, interpreted on a CPU, compiled on a GPU. What is peculiar to relative
+attention is in test_fused_relative_attention.py."""
 
 from functools import partial
 
@@ -10,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from fastbert import EncoderConfig, RoFormerModel, ops, reference
+from fastbert import EncoderConfig, NezhaModel, RoFormerModel, ops, reference
 from fastbert.errors import BackendError
 from fastbert.ops import fused_attention
 from fastbert.philox import attention_keep
@@ -19,16 +20,16 @@ from fastbert.testing import compare, make_inputs
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from fastbert.kernels import attention, launch, tile  # noqa: E402
+from fastbert.kernels import attention, launch, relative_attention, tile  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.kernel]
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 on_a_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])  # interpreted, bfloat16 products are wrong
-NAMES = ["attention", "rotary_attention"]
+NAMES = ["attention", "rotary_attention", "relative_attention"]
 NAN = float("nan")
-both = pytest.mark.parametrize("name", NAMES)
+every = pytest.mark.parametrize("name", NAMES)
 
 
 @triton.jit
@@ -64,7 +65,8 @@ def run(name, arguments, **options):
 def tiles(monkeypatch, block_m, block_n, warps=4):
     """Every kernel in tiles of this size."""
     config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": 1}
-    monkeypatch.setattr(attention, "launch_config", lambda *_: config)
+    for module in (attention, relative_attention):
+        monkeypatch.setattr(module, "launch_config", lambda *_: config)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,7 +89,7 @@ layouts = st.one_of(
 fewer = settings(max_examples=settings().max_examples // (1 if CUDA else 2))
 
 
-@both
+@every
 @fewer
 @example(sequences=("padded", [33, 0, 5]), head_dim=26, dtype=0, scale=0.7, dropout_p=0.1, seed=2**64 - 1, view=True)
 @example(sequences=("packed", [70, 0, 1]), head_dim=32, dtype=1, scale=None, dropout_p=0.6, seed=3, view=True)
@@ -127,7 +129,7 @@ EDGES = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 0]
 ON_A_GPU = [range(1, 130), [255], [256], [257], [511], [512], [513], [1536]]
 
 
-@both
+@every
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", [EDGES, *ON_A_GPU] if CUDA else [EDGES], ids=lambda x: f"{x[0]}-{x[-1]}")
 def test_ragged_lengths(name, lengths, dtype):
@@ -135,13 +137,14 @@ def test_ragged_lengths(name, lengths, dtype):
         hold(name, inputs(list(lengths), layout="packed", dtype=dtype), dropout_p=dropout_p, seed=1)
 
 
-@both
+@every
 def test_one_key(name):
     """Its probability is one, whatever the scores: their gradients are zero but for rounding."""
     arguments = inputs([1, 1], layout="packed")
     output, dq, dk, dv = run(name, arguments)
     direction = torch.linspace(-1, 1, output.numel(), device=DEVICE).view(output.shape)
-    torch.testing.assert_close(output, arguments["v"].detach())
+    sinusoids = reference.sinusoids(64, 16)[64].to(output) if name == "relative_attention" else 0
+    torch.testing.assert_close(output, arguments["v"].detach() + sinusoids)
     torch.testing.assert_close(dv, direction)
     assert max(dq.abs().max(), dk.abs().max()) < 1e-5
 
@@ -169,7 +172,7 @@ SHAPES = [
 
 
 @on_a_gpu
-@both
+@every
 @pytest.mark.parametrize("dtype, head_dim", SHAPES, ids=str)
 def test_every_configuration_on_this_gpu(name, dtype, head_dim):
     """With 128 tokens at most and with more, dropout and none: each compiles kernels of its own."""
@@ -210,7 +213,7 @@ def test_scores_depend_on_the_difference_of_positions_only(shift):
     torch.testing.assert_close(output[:, shift:], expected)
 
 
-@both
+@every
 @pytest.mark.parametrize("junk", [NAN, float("inf"), -1e30])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, in the interpreter
 def test_padding_reaches_nothing(name, junk):
@@ -231,7 +234,7 @@ def test_padding_reaches_nothing(name, junk):
         assert gradient[~real].count_nonzero() == 0
 
 
-@both
+@every
 def test_not_a_number_stays_in_its_packed_sequence(name):
     arguments = inputs([7, 40], layout="packed")
     expected = run(name, arguments)
@@ -241,7 +244,7 @@ def test_not_a_number_stays_in_its_packed_sequence(name):
         assert torch.equal(a[:7], b[:7]) and b[7:].isnan().any()
 
 
-@both
+@every
 def test_a_mask_may_have_holes_and_hide_a_whole_sequence(name):
     arguments = inputs([40, 40, 40])
     keys = torch.rand(3, 40, device=DEVICE) < 0.5
@@ -251,7 +254,7 @@ def test_a_mask_may_have_holes_and_hide_a_whole_sequence(name):
     assert run(name, arguments | {"key_padding_mask": keys})[0][1].count_nonzero() == 0
 
 
-@both
+@every
 def test_views_and_odd_strides(name):
     """Transposed, expanded, offset, the last dimension not contiguous; and a gradient that is one expanded number."""
     draw = partial(torch.randn, device=DEVICE)
@@ -271,7 +274,7 @@ def test_what_divides_strides(strides, expected):
     assert launch.alignment(strides) == expected
 
 
-@both
+@every
 @pytest.mark.parametrize("width, first", [(26, 0), (29, 0), (30, 1), (40, 8)])
 def test_strides_that_16_does_not_divide(name, width, first):
     """Head dims such as 26 are read as many bytes at a time as the strides allow."""
@@ -280,7 +283,7 @@ def test_strides_that_16_does_not_divide(name, width, first):
     hold(name, arguments, dropout_p=0.1, seed=1)
 
 
-@both
+@every
 def test_offsets_beyond_32_bits(name):
     """Sequences 2^31 elements apart, and rows so far apart that a copy is made; the memory between is never touched."""
     far = torch.empty(2**31 + 2**29, dtype=torch.float16, device=DEVICE)
@@ -306,7 +309,7 @@ def test_tiles_of_packed_sequences_are_found_among_very_many():
 
 
 @on_a_gpu
-@both
+@every
 def test_very_many_packed_sequences(name):
     arguments = inputs([1, 0, 3, 2] * 20_000, layout="packed", dtype=torch.float16)
     for got, expected in zip(run(name, arguments), run_reference(name, arguments), strict=True):
@@ -320,7 +323,7 @@ def run_reference(name, arguments):
     return output.detach(), *torch.autograd.grad(output, [arguments[n] for n in "qkv"], direction)
 
 
-@both
+@every
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_the_same_bits_again(name, dropout_p):
     arguments = inputs([513, 200] if CUDA else [70, 9], layout="packed")
@@ -362,7 +365,7 @@ def test_activation_checkpointing_drops_the_same(reentrant):
     assert equal(*gradients)
 
 
-@both
+@every
 def test_autocast(name):
     arguments = inputs([20])
     halves = {n: t.detach().half().requires_grad_() for n, t in arguments.items()}
@@ -376,7 +379,7 @@ def test_autocast(name):
     assert dq.dtype == torch.float32 and torch.equal(dq, expected[1].float())
 
 
-@both
+@every
 def test_only_some_gradients_are_wanted(name):
     arguments = inputs([20])
     expected = run(name, arguments)
@@ -389,30 +392,32 @@ def test_only_some_gradients_are_wanted(name):
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_compiles_as_one_graph(layout):
+@pytest.mark.parametrize("name, flags", [("rotary_attention", {"rotate_value": True}), ("relative_attention", {})])
+def test_compiles_as_one_graph(name, flags, layout):
     torch.compiler.reset()
-    options = {"dropout_p": 0.5, "seed": 1, "rotate_value": True}
+    options = {"dropout_p": 0.5, "seed": 1, **flags}
     arguments = inputs([20, 9], layout=layout)
-    compiled = torch.compile(fused("rotary_attention", **options), fullgraph=True, backend="aot_eager")
-    compare(compiled, partial(reference.rotary_attention, **options), arguments)
+    compiled = torch.compile(fused(name, **options), fullgraph=True, backend="aot_eager")
+    compare(compiled, partial(getattr(reference, name), **options), arguments)
 
 
 @pytest.mark.parametrize("layout", ["dense", "packed"])
-def test_one_graph_serves_all_lengths(layout):
+@pytest.mark.parametrize("name", ["rotary_attention", "relative_attention"])
+def test_one_graph_serves_all_lengths(name, layout):
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(fused("rotary_attention"), fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(fused(name), fullgraph=True, dynamic=True, backend=counter)
     counts = set()
     for length in (20, 24, 33, 41):
         arguments = inputs([length, length] if layout == "dense" else [length, 7], layout=layout)
         output = compiled(**arguments)
-        torch.testing.assert_close(output, fused("rotary_attention")(**arguments))
+        torch.testing.assert_close(output, fused(name)(**arguments))
         torch.autograd.grad(output.sum(), [arguments[n] for n in "qkv"])
         counts.add(counter.frame_count)
     assert len(counts) == 1
 
 
-@both
+@every
 def test_ends_of_sequences_may_have_strides(name):
     arguments = inputs([7, 12, 21], layout="packed")
     ends = torch.stack([arguments["cu_seqlens"], torch.full_like(arguments["cu_seqlens"], 9)], dim=1)[:, 0]
@@ -424,17 +429,27 @@ def test_a_generous_bound_costs_nothing(longest):
     arguments = inputs([7, 12, 21], layout="packed")
     output = fused("rotary_attention", theta=77.0)(**arguments | {"max_seqlen": longest})
     assert torch.equal(output, fused("rotary_attention", theta=77.0)(**arguments))
-    assert max(table.shape[1] for key, table in fused_attention._tables.items() if key[2] == 77.0) == 256
+    assert max(table.shape[1] for table in kept(77.0)) == 256
+
+
+def kept(theta):
+    """The tables of angles that are there for it."""
+    return [tables for key, tables in fused_attention._kept.items() if theta in key]
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("theta, values", [(None, False), (10000.0, False), (10000.0, True)])
-def test_registered_operators(layout, theta, values):
+@pytest.mark.parametrize("positions", ["absolute", "rotary", "rotary values", "relative"])
+def test_registered_operators(layout, positions):
     arguments = inputs([20, 9], layout=layout)
     q, k, v, mask, ends = (arguments.get(n) for n in ("q", "k", "v", "key_padding_mask", "cu_seqlens"))
     seeds = torch.tensor([5], device=DEVICE)
-    table = None if theta is None else fused_attention._build_table(20, 16, theta, q.device)
-    options = mask, ends, seeds, table, 20, 0.25, 26, values, True
+    tables, radius = (None, None, None), 0
+    if "rotary" in positions:
+        tables = fused_attention._angles(20, 16, 10000.0, q.device), None, None
+    if positions == "relative":
+        radius = 7
+        tables = fused_attention._waves(0, radius, 16, q.dtype, q.device)
+    options = mask, ends, seeds, *tables, 20, 0.25, 26, "values" in positions, True, radius
     torch.library.opcheck(fused_attention._forward_op, (q, k, v, *options, True))
     plain = [t.detach() for t in (q, k, v)]
     torch.library.opcheck(fused_attention._forward_op, (*plain, *options, False))
@@ -465,7 +480,7 @@ def test_a_captured_graph_drops_anew_at_every_replay():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = step(12345.0)  # for which there is no table yet
-    assert not [key for key in fused_attention._tables if key[2] == 12345.0]
+    assert not kept(12345.0)
     torch.cuda.manual_seed(3)
     replays = []
     for _ in range(2):
@@ -478,7 +493,7 @@ def test_a_captured_graph_drops_anew_at_every_replay():
 @on_a_gpu
 def test_compiled_into_a_captured_graph():
     torch.compiler.reset()
-    fused_attention._tables.clear()
+    fused_attention._kept.clear()
     compiled = torch.compile(fused("rotary_attention", theta=54321.0), fullgraph=True, mode="reduce-overhead")
     q = torch.randn(2, 64, 2, 64, device="cuda", dtype=torch.float16, requires_grad=True)
     expected = fused("rotary_attention", theta=54321.0)
@@ -492,13 +507,13 @@ def test_compiled_into_a_captured_graph():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@both
+@every
 def test_on_the_second_gpu(name):
     arguments = {n: t.detach().to("cuda:1").requires_grad_() for n, t in inputs([40, 40]).items()}
     hold(name, arguments, dropout_p=0.1, seed=1)
 
 
-@both
+@every
 def test_what_the_kernels_do_not_serve(name):
     x = torch.zeros(1, 3, 1, 16, device=DEVICE)
     wide = torch.zeros(1, 3, 1, 130, device=DEVICE)
@@ -538,7 +553,8 @@ def test_the_default_for_16_bits_on_cuda_and_on_request_elsewhere(monkeypatch):
             ops.attention(x, x, x)
 
 
-def test_roformer_trains_on_it_as_on_the_portable_twin(monkeypatch):
+@pytest.mark.parametrize("Model, flags", [(RoFormerModel, {}), (NezhaModel, {"max_relative_position": 5})])
+def test_models_train_on_it_as_on_the_portable_twin(Model, flags, monkeypatch):
     """What a model does in 16 bits on CUDA, where the kernels are the default."""
     sizes = {
         "vocab_size": 40,
@@ -547,7 +563,8 @@ def test_roformer_trains_on_it_as_on_the_portable_twin(monkeypatch):
         "num_attention_heads": 2,
         "intermediate_size": 48,
     }
-    model = RoFormerModel(EncoderConfig("roformer", **sizes)).to(DEVICE).eval()
+    family = Model.__name__.removesuffix("Model").lower()
+    model = Model(EncoderConfig(family, **sizes, **flags)).to(DEVICE).eval()
     ids = torch.randint(1, 40, (2, 20), device=DEVICE)
     mask = torch.arange(20, device=DEVICE) < torch.tensor([[20], [7]], device=DEVICE)
     results, every = [], fused_attention.backends(torch.empty(0))

@@ -96,8 +96,9 @@ def test_every_test_that_knows_of_gpus_is_marked():
 
 def test_kernels_of_our_own_are_tested_first():
     kernels = slices.test_files("kernel")
-    assert kernels == [f"tests/test_{name}.py" for name in ("bias_gelu", "extension", "fused_attention", "lamb")]
-    assert slices.test_files("gpu")[:4] == kernels
+    names = "bias_gelu", "extension", "fused_attention", "fused_relative_attention", "lamb"
+    assert kernels == [f"tests/test_{name}.py" for name in names]
+    assert slices.test_files("gpu")[: len(names)] == kernels
 
 
 def test_every_step_is_a_command_that_bench_knows():

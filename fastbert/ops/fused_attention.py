@@ -1,19 +1,23 @@
-"""Attention and rotary attention on the Triton kernels of kernels/attention.py: when they serve, autograd, and the
-registered operators that torch.compile sees."""
+"""Attention, rotary attention and relative attention on the Triton kernels of kernels/: when they serve, autograd, and
+the registered operators that torch.compile sees."""
 
 import math
 import os
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fastbert import portable
 from fastbert.backend import Predicate, lacks, serves, triton_cannot_run
 from fastbert.philox import signed, threshold
-from fastbert.portable import angles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 128
 MIN_SCALE = 1e-30
+# A larger radius is cut to the length of the sequences, for the size of its tables
+LONG = 4096
 
 
 def _serves(q: Tensor, scale: float | None) -> str | None:
@@ -54,8 +58,10 @@ def attention(
     theta: float | None = None,
     rotate_value: bool = False,
     interleaved: bool = True,
+    max_relative_position: int = 0,
 ) -> Tensor:
-    """See reference.attention; with theta, reference.rotary_attention."""
+    """See reference.attention; with theta, reference.rotary_attention; with max_relative_position,
+    reference.relative_attention."""
     if q.numel() == 0:
         return q + k + v  # as empty as the answer, and differentiable in all three
     longest = q.shape[-3] if cu_seqlens is None or max_seqlen is None else min(max_seqlen, q.shape[-3])
@@ -69,13 +75,17 @@ def attention(
         v = v.unflatten(-1, (2, -1)).mT.flatten(-2)
     # A compiler, and tensors that are not plain (fake ones), see a registered operator. It costs microseconds more.
     plain = not torch.compiler.is_compiling() and type(q) in (Tensor, torch.nn.Parameter)
-    table = None
+    radius, tables = min(max_relative_position, 2**30), (None, None, None)
     if theta is not None:
-        table = (_table if plain else _build_table)(longest, q.shape[-1], float(theta), q.device)
+        tables = _tables(plain, _angles, longest, q.shape[-1], float(theta), q.device), None, None
+    elif radius:
+        reach = longest if max_relative_position > LONG else 0
+        tables = _tables(plain, _waves, reach, max_relative_position, q.shape[-1], q.dtype, q.device)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     ends = None if cu_seqlens is None else cu_seqlens.contiguous()
     o = (_Attention.apply if plain else _forward_op)(
-        *(q, k, v, key_padding_mask, ends, seeds, table, longest, float(scale), drop, rotate_value, interleaved, save)
+        *(q, k, v, key_padding_mask, ends, seeds, *tables, longest, float(scale), drop, rotate_value, interleaved),
+        *(radius, save),
     )[0]
     return o.unflatten(-1, (-1, 2)).mT.flatten(-2) if by_halves else o
 
@@ -85,6 +95,11 @@ def rotary_attention(q: Tensor, k: Tensor, v: Tensor, *, theta: float = 10000.0,
     return attention(q, k, v, theta=theta, **arguments)
 
 
+def relative_attention(q: Tensor, k: Tensor, v: Tensor, *, max_relative_position: int = 64, **arguments) -> Tensor:
+    """See reference.relative_attention."""
+    return attention(q, k, v, max_relative_position=max_relative_position, **arguments)
+
+
 def _seeds(seed: int | None, device: torch.device) -> Tensor:
     """int64 [1], on the device: a captured graph draws anew at every replay, and nothing waits for it."""
     if seed is None:
@@ -92,37 +107,47 @@ def _seeds(seed: int | None, device: torch.device) -> Tensor:
     return torch.full((1,), signed(seed), dtype=torch.int64, device=device)
 
 
-def _table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """_build_table, kept for the next call."""
+def _tables(keep: bool, build: Callable, length: int, *key) -> Tensor | tuple[Tensor, ...]:
+    """build(length, *key), the last of which is the device. keep: for the next call."""
+    if not keep:
+        return build(length, *key)
     # Powers of two, so that a run over many lengths keeps few
-    key = 1 << (length - 1).bit_length(), head_dim, theta, device
-    if key not in _tables:
+    length, device = 1 << (length - 1).bit_length() if length else 0, key[-1]
+    key = build, length, *key
+    if key not in _kept:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return _build_table(*key)  # part of the graph, and of its memory
+            return build(*key[1:])  # part of the graph, and of its memory
         with torch.inference_mode(False):
-            _tables[key] = _build_table(*key)
+            _kept[key] = build(*key[1:])
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # other streams will read it
-    return _tables[key]
+    return _kept[key]
 
 
 # Never emptied: captured graphs may hold the addresses.
-_tables: dict[tuple[int, int, float, torch.device], Tensor] = {}
+_kept: dict[tuple, Tensor | tuple[Tensor, ...]] = {}
 
 
-def _build_table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
+def _angles(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
     """Cosines and sines, float32 [2, positions, D/2], of angles in float64, for `length` positions and no less than the
     256 that the kernels want."""
-    angle = angles(max(length, 256), head_dim, theta, device)
+    angle = portable.angles(max(length, 256), head_dim, theta, device)
     return torch.stack((angle.cos(), angle.sin())).float()
 
 
-def _parts(mask, ends, seeds, table, longest: int, drop: int, rotate_value: bool, interleaved: bool):
-    """The (sequences, rotation, dropout) of the kernels."""
-    from fastbert.kernels.launch import Dropout, Rotation, Sequences
+def _waves(length: int, radius: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """(phases, waves, edges) of launch.Relative, of angles in float64. length: of sequences, where 0 stands for more
+    than the radius."""
+    reach = 512 + (min(radius, length) if length else radius)
+    width = max(16, 1 << (head_dim - 1).bit_length())
 
-    rotation = None if table is None else Rotation(table, rotate_value, interleaved)
-    return Sequences(longest, mask, ends), rotation, Dropout(seeds, drop) if drop else None
+    def pairs(n: int, first: int) -> Tensor:
+        angle = portable.angles(n, head_dim, 10000.0, device, first)
+        return F.pad(torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2), (0, width - head_dim))
+
+    phases = pairs(256, radius - 255).flip(0).unflatten(1, (-1, 2))
+    edges = torch.cat((pairs(1, 0), pairs(1, 2 * radius), pairs(14, 0) * 0))
+    return torch.stack((phases[..., 1], phases[..., 0])).float(), pairs(2 * reach, -reach).to(dtype), edges.to(dtype)
 
 
 def _forward(
@@ -132,20 +157,51 @@ def _forward(
     mask: Tensor | None,
     ends: Tensor | None,
     seeds: Tensor | None,
-    table: Tensor | None,
+    angles: Tensor | None,
+    waves: Tensor | None,
+    edges: Tensor | None,
     longest: int,
     scale: float,
     drop: int,
     rotate_value: bool,
     interleaved: bool,
+    radius: int,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """attention_fwd, with empty tensors for None."""
-    from fastbert.kernels import attention as kernels
+    """attention_fwd or relative_attention_fwd, with empty tensors for None."""
+    from fastbert.kernels.attention import attention_fwd
+    from fastbert.kernels.relative_attention import relative_attention_fwd
 
-    parts = _parts(mask, ends, seeds, table, longest, drop, rotate_value, interleaved)
-    outputs = kernels.attention_fwd(q, k, v, scale, *parts, save)
+    parts = _parts(mask, ends, seeds, angles, waves, edges, longest, drop, rotate_value, interleaved, radius)
+    if radius:
+        outputs = *relative_attention_fwd(q, k, v, scale, *parts, save), None, None
+    else:
+        outputs = attention_fwd(q, k, v, scale, *parts, save)
     return tuple(q.new_empty(0) if t is None else t for t in outputs)
+
+
+def _parts(
+    mask: Tensor | None,
+    ends: Tensor | None,
+    seeds: Tensor | None,
+    angles: Tensor | None,
+    waves: Tensor | None,
+    edges: Tensor | None,
+    longest: int,
+    drop: int,
+    rotate_value: bool,
+    interleaved: bool,
+    radius: int,
+):
+    """The kernels' (sequences, rotation or relative or neither, dropout)."""
+    from fastbert.kernels.launch import Dropout, Relative, Rotation, Sequences
+
+    positions = None
+    if radius:
+        positions = Relative(angles, waves, edges, radius)
+    elif angles is not None:
+        positions = Rotation(angles, rotate_value, interleaved)
+    return Sequences(longest, mask, ends), positions, Dropout(seeds, drop) if drop else None
 
 
 def _backward(
@@ -159,29 +215,34 @@ def _backward(
     mask: Tensor | None,
     ends: Tensor | None,
     seeds: Tensor | None,
-    table: Tensor | None,
+    angles: Tensor | None,
+    waves: Tensor | None,
+    edges: Tensor | None,
     longest: int,
     scale: float,
     drop: int,
     rotate_value: bool,
     interleaved: bool,
+    radius: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from fastbert.kernels import attention as kernels
+    from fastbert.kernels.attention import attention_bwd
+    from fastbert.kernels.relative_attention_bwd import relative_attention_bwd
 
-    parts = _parts(mask, ends, seeds, table, longest, drop, rotate_value, interleaved)
-    return kernels.attention_bwd(do, q, k, v, given, o, lse, scale, *parts)
+    parts = _parts(mask, ends, seeds, angles, waves, edges, longest, drop, rotate_value, interleaved, radius)
+    return (relative_attention_bwd if radius else attention_bwd)(do, q, k, v, given, o, lse, scale, *parts)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, mask, ends, seeds, table, *ctx.options, save = inputs
+    q, k, v, mask, ends, seeds, angles, waves, edges, *ctx.options, save = inputs
     o, lse, *used = output
     if save:
         operands = [new if new.numel() else old for new, old in zip(used, (q, k, v), strict=True)]
-        ctx.save_for_backward(*operands, None if mask is None else q, o, lse, mask, ends, seeds, table)
+        given = None if mask is None else q
+        ctx.save_for_backward(*operands, given, o, lse, mask, ends, seeds, angles, waves, edges)
 
 
 def _gradients(backward, ctx, do):
-    return *backward(do, *ctx.saved_tensors, *ctx.options), *(None for _ in range(10))
+    return *backward(do, *ctx.saved_tensors, *ctx.options), *(None for _ in range(13))
 
 
 class _Attention(torch.autograd.Function):
@@ -203,9 +264,10 @@ _backward_op = torch.library.custom_op("fastbert::attention_backward", _backward
 
 
 @_forward_op.register_fake
-def _(q, k, v, mask, ends, seeds, table, longest, scale, drop, rotate_value, interleaved, save):
+def _(q, k, v, mask, ends, seeds, angles, waves, edges, longest, scale, drop, rotate_value, interleaved, radius, save):
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
-    used = save and (table is not None or mask is not None), save and table is not None, save and rotate_value
+    turned = angles is not None and not radius
+    used = save and (turned or mask is not None), save and turned, save and rotate_value
     shape = (q.shape[-2], math.prod(q.shape[:-2])) if save else (0,)
     lse = torch.empty(shape, dtype=torch.float32 if save else q.dtype, device=q.device)
     return o, lse, *(torch.empty_like(o) if new else q.new_empty(0) for new in used)

@@ -3,16 +3,13 @@
 from torch import Tensor
 
 from fastbert import portable, reference
-from fastbert.backend import lacks, serves
-from fastbert.ops import checks, sequences
+from fastbert.ops import checks, fused_attention, sequences
 
-_BACKENDS = {
-    "triton": lacks("there is no Triton kernel for it yet"),
-    "cuda": lacks("there is no CUDA kernel for it yet"),
-    "torch": serves,
-    "reference": serves,
+_TWINS = {
+    "triton": fused_attention.relative_attention,
+    "torch": portable.relative_attention,
+    "reference": reference.relative_attention,
 }
-_TWINS = {"torch": portable.relative_attention, "reference": reference.relative_attention}
 
 
 def relative_attention(
@@ -46,7 +43,7 @@ def relative_attention(
     checks.number("max_relative_position", max_relative_position, lambda x: x >= 1, "at least 1, an int", whole=True)
     return sequences.call(
         "relative_attention",
-        lambda _: _BACKENDS,
+        fused_attention.backends,
         _TWINS,
         backend,
         q,
