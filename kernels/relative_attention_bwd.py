@@ -59,15 +59,15 @@ def _differentiate(
             b_dp = tl.where(b_keep, b_dp, -b_delta[:, None])
         b_ds = b_p * b_dp
         b_total = tl.sum(b_ds, 1)
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
         if NEAR:
-            b_to_left, b_to_right = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+            b_inside, b_to_left, b_to_right = b_ds, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
             if crossed:
                 o_m = (first_m + tile.rows(BLOCK_M))[:, None]
-                b_ds, b_to_left, b_to_right = band.part(b_ds, b_total, o_m, o_n[None, :], side, radius, zero, BOTH)
-            b_a = tl.dot(b_ds.to(b_k.dtype), b_sin, b_a, input_precision="ieee")
+                b_inside, b_to_left, b_to_right = band.part(b_ds, b_total, o_m, o_n[None, :], side, radius, zero, BOTH)
+            b_a = tl.dot(b_inside.to(b_k.dtype), b_sin, b_a, input_precision="ieee")
         else:
             b_to_left, b_to_right = tl.where(side > 0, 0, b_total), tl.where(side > 0, b_total, 0)
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
         b_before += b_to_left
         b_after += b_to_right
     return b_dq, b_a, b_before, b_after
@@ -128,6 +128,7 @@ def _backward_q_kernel(
     b_before = tl.zeros([BLOCK_M], tl.float32)
     b_after = tl.zeros([BLOCK_M], tl.float32)
     near_low, near_high = band.near(first_m, length, radius, BLOCK_M, BLOCK_N)
+    tl.assume(near_low < near_high)
     first_near, first_far = near_low, 0
     if p_mask is None:
         full = length // BLOCK_N * BLOCK_N
