@@ -5,7 +5,7 @@ fill is below 1 lengths are spread evenly between L and (2 fill - 1) L; ours the
 users have: the batch padded to L with a mask, or packed rows where they take them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 
@@ -22,21 +22,26 @@ FLOAT64_SCORES = 2**27  # 1 GiB each for scores, probabilities and their gradien
 Operands = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
+def configurations(**kernels: Sequence[tuple[int, int, int]]) -> list[dict]:
+    """What to try for kernels in turn: tiles of queries by keys and warps, each with two and three stages."""
+    return [
+        {"kernel": kernel, "BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+        for kernel, tiles in kernels.items()
+        for m, n, warps in tiles
+        for stages in (2, 3)
+    ]
+
+
 class AttentionBenchmark(OpBenchmark):
     op = "attention"
     tiny = {"B": 1, "L": 64, "H": 1}
     sweep = (
         "attention",
-        [
-            {"kernel": kernel, "BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-            for kernel, tiles in {
-                "forward": ((64, 64, 4), (128, 32, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8)),
-                "backward_q": ((64, 64, 4), (128, 32, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8)),
-                "backward_kv": ((32, 128, 8), (64, 64, 4), (64, 128, 8), (128, 128, 8)),
-            }.items()
-            for m, n, warps in tiles
-            for stages in (2, 3)
-        ],
+        configurations(
+            forward=((64, 64, 4), (128, 32, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8)),
+            backward_q=((64, 64, 4), (128, 32, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8)),
+            backward_kv=((32, 128, 8), (64, 64, 4), (64, 128, 8), (128, 128, 8)),
+        ),
     )
 
     def shapes(self, cuda: bool) -> list[dict]:

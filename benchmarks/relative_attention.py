@@ -1,8 +1,9 @@
 """`relative_attention`: clipped sinusoids of the distance on keys and values, as in NEZHA.
 
-No library has a fused kernel. The peers are the materialised form, eager (the reference) and through torch.compile; no
-attention that only changes scores can express the value side, and rows say so. Not rivals but measures, hence not
-comparable: `sdpa-plain`, attention of the same shape without positions, and `rotary`, our own rotary_attention.
+No other library has a fused kernel. The peers are the materialised form, eager (the reference) and through
+torch.compile; no attention that only changes scores can express the value side, and rows say so. Not rivals but
+measures, hence not comparable: `sdpa-plain`, attention of the same shape without positions, and `rotary`, our own
+rotary_attention.
 """
 
 from functools import partial
@@ -11,12 +12,20 @@ from torch.nn.attention import SDPBackend
 
 from fastbert import ops
 
-from .attention import AttentionBenchmark, lengths, padded
+from .attention import AttentionBenchmark, configurations, lengths, padded
 from .harness import Case, Missing, Provider
 
 
 class RelativeAttentionBenchmark(AttentionBenchmark):
     op = "relative_attention"
+    sweep = (
+        "relative_attention",
+        configurations(
+            forward=((64, 64, 4), (128, 32, 8), (128, 64, 8)),
+            backward_q=((64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 64, 8)),
+            backward_kv=((32, 128, 8), (64, 64, 4), (64, 128, 8)),
+        ),
+    )
 
     def shapes(self, cuda: bool) -> list[dict]:
         return [shape | {"R": 64} for shape in super().shapes(cuda)]

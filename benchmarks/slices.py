@@ -49,7 +49,7 @@ MEASURING = {
     "layer": ["dropout_add_layer_norm", "bias_gelu", "linear_cross_entropy", "embedding_layer_norm"],
     "train": ["train_step", "models"],
     "latency": ["latency"],
-    "sweep": ["rotary_attention --sweep --cases :2", "bias_gelu --sweep"],
+    "sweep": [f"{op}_attention --sweep --cases :2" for op in ("rotary", "relative")] + ["bias_gelu --sweep"],
 }
 NAMES = ("correctness", *(name for name in MEASURING if name != "sweep"), "sanitize", "sweep")
 # A rehearsal measures nothing: as little as runs every line.

@@ -81,7 +81,6 @@ ATTENTION = (
 RELATIVE = (
     "float16 64 R64 packed",
     "bfloat16 64 R64 packed dropout",
-    "float16 64 R64 dense",
     "bfloat16 64 R64 mask dropout",
     "bfloat16 64 R5 packed dropout",
     "float16 26 R64 packed dropout",

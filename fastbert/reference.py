@@ -94,10 +94,25 @@ def relative_attention(
     """S_ij = scale q_i.(k_j + a_ij), P = softmax_j(S), O_i = sum_j dropout(P)_ij (v_j + a_ij), with the constants
     a_ij = T[clip(j - i, -R, R) + R] of the table T of `sinusoids`, the same for all heads.
 
-    Shaw et al. (2018), arXiv 1803.02155, equation 4 (scores) and 3 (output), with the functional encoding of Wei et
-    al., NEZHA (2019), arXiv 1909.00204, section 2.2, in place of learned vectors. The paper takes sine and cosine of
-    (j - i) theta_k. The released code, which the released weights need and which we follow, looks up row
-    clip(j - i, -R, R) + R of a table whose row r holds the angles r theta_k: every angle is R theta_k more.
+    Wei et al., NEZHA (2019), arXiv 1909.00204, section 2.2: equation 4 (output), 5 (scores), 6 and 7 (a_ij, functional
+    in place of the learned vectors of Shaw et al., 2018, arXiv 1803.02155, equations 3 and 4). Equations 6 and 7 take
+    the sine and the cosine of (j - i) theta_k. The released code, which the released weights need and which we follow,
+    looks up row clip(j - i, -R, R) + R of a table whose row r holds the angles r theta_k: each angle is R theta_k more.
+
+    Kernels need no table of pairs (i, j). Write s_n for the vector of the pairs (sin n theta_k, cos n theta_k), so that
+    T[r] = s_r, and call x turned by a what `rotate` makes of x at position a: the pair (y, z) number k becomes
+    (y cos a theta_k - z sin a theta_k, z cos a theta_k + y sin a theta_k). The theorems of addition say, for all a, b:
+
+        x.s_(a+b) = (x turned by a).s_b          and          s_(a+b) = s_b turned by -a.
+
+    1. Inside the band |j - i| < R, a_ij = s_((R - (i - m)) + (j - m)) for any origin m. Scores: with q~_i, which is q_i
+       turned by R - (i - m), q_i.a_ij = q~_i.s_(j - m). Output: sum_j P_ij a_ij is sum_j P_ij s_(j - m) turned by
+       -(R - (i - m)). Both sums are products of matrices, over j as they stand. m near i and j keeps angles small.
+    2. Outside, a_ij is T[0] to the left (j < i) and T[2R] to the right: one number per row for the scores, q_i.T[0] or
+       q_i.T[2R], and one for the output, the sum of P_ij over that side.
+    3. dP_ij = do_i.(v_j + a_ij) has the form of the scores, with do for q and v for k, and dq_i = scale sum_j dS_ij
+       (k_j + a_ij) that of the output, with dS for P and k for v: 1 and 2 serve both. dk and dv are those of plain
+       attention, and so is delta_i = do_i.O_i. T is constant.
     """
 
     def one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, first: int) -> Tensor:

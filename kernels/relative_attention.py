@@ -1,24 +1,22 @@
-"""Attention with clipped sinusoids of the distance in keys and values (NEZHA), as reference.relative_attention.
+"""Attention with clipped sinusoids of the distance in keys and values (NEZHA), as reference.relative_attention, which
+derives what is used here; the backward is in relative_attention_bwd.py.
 
-The loops are those of attention.py. What is added, for |j - i| < R (the band) and to both sides of it, is derived at
-reference.relative_attention: with m the tile's first query, s_j the sinusoids at j - m (`waves`) and q~_i = q_i turned
-by the angles of R - (i - m) (`phases`),
+Inside of the band |j - i| < R, with sinusoids s_j counted from the tile's first query (`waves`), and q~ for q turned by
+the angles that remain (`phases`):
 
-    q_i.T = q~_i.s_j inside, q_i.T[0] to the left, q_i.T[2R] to the right;
-    sum_j P_ij T = turned back (sum_inside P_ij s_j) + (sum_left P_ij) T[0] + (sum_right P_ij) T[2R],
+    q_i.T = q~_i.s_j; to the left of the band q_i.T[0], to the right q_i.T[2R]
+    sum_j P_ij T = (sum_inside P_ij s_j) turned back + (sum_left P_ij) T[0] + (sum_right P_ij) T[2R]
 
-and so for do in place of q, and dS in place of P. The angles are those of distances within a tile and the band, at any
-length. A tile of queries by keys is of one of three kinds, and each pays for itself alone:
+The angles are those within the band and a tile, at any length. Tiles of queries by keys are of three kinds, and each
+pays for itself alone. Those that touch the band come first, in a loop of their own:
 
-    outside of the band    as plain attention, but for two numbers per row
-    inside                 one more product for scores, one for values
-    crossed by an edge     the same, and a comparison and a choice for each of its elements
+    outside of the band     plain attention, but for two numbers per row
+    inside                  one more product for the scores, one for the values
+    crossed by an edge      the same, and twice a comparison and a choice for every element
 
-Tiles of keys by queries (dk, dv) turn a tile of q and do in registers where they touch the band: stored as rotary
-attention stores them, they would be an eighth more memory each.
-
-Floors, B 32, H 12, L 512, D 64, R 64 on an H100: those of attention.py, and for 14 of its 32 tiles of 128 x 64 elements
-twice the products forward, 5/3 backward.
+Floors, B 32, H 12, L 512, D 64, R 64 on an H100: those of attention.py, and 14 of the 32 tiles of 128 x 64 touch the
+band. They have twice the products forward and 8/5 backward: 37 to 47 us and 82 to 104 us. Two kernels backward, which
+both compute the scores, have 12/5 of them there, and 7/5 elsewhere.
 """
 
 import math
@@ -175,7 +173,7 @@ def _forward_kernel(
         tl.store(p_lse + tl.cast(i_head, tl.int64) * total + row + o_m, b_lse, mask=m_m)
 
 
-# As in attention.py. Small steps, for two sums of outputs, and on mma.sync both sides of four operands, take registers.
+# As in attention.py. Steps are small where registers hold all operands of mma.sync besides two sums.
 _CONFIGS = {
     9: {
         "forward": ((128, 64, 8, 3), (64, 32, 8, 2)),
@@ -185,27 +183,28 @@ _CONFIGS = {
         "backward_kv mask": ((64, 128, 8, 2), (16, 128, 8, 1)),
     },
     10: {
-        "forward": ((128, 32, 8, 2), (128, 32, 8, 2)),
-        "backward_q": ((64, 32, 4, 2), (64, 32, 4, 2)),
-        "backward_kv": ((64, 128, 8, 2), (32, 128, 8, 1)),
+        "forward": ((128, 32, 8, 2), (64, 64, 8, 2)),
+        "backward_q": ((64, 32, 4, 2), (64, 32, 8, 2)),
+        "backward_kv": ((32, 128, 8, 2), (32, 128, 8, 1)),
     },
     8: {
-        "forward": ((128, 32, 8, 2), (64, 16, 4, 1)),
-        "forward dropout": ((128, 16, 8, 2), (64, 16, 4, 1)),
-        "backward_q": ((128, 16, 8, 2), (64, 16, 4, 1)),
-        "backward_kv": ((16, 128, 8, 2), (16, 32, 4, 1)),
+        "forward": ((64, 32, 4, 2), (32, 32, 8, 1)),
+        "forward dropout": ((128, 16, 8, 2), (32, 32, 8, 1)),
+        "backward_q": ((128, 16, 8, 2), (16, 64, 8, 1)),
+        "backward_q narrow": ((64, 16, 4, 1), (16, 64, 8, 1)),
+        "backward_kv": ((16, 128, 8, 2), (32, 32, 8, 1)),
     },
     32: {
         "forward": ((32, 32, 8, 1), (32, 32, 8, 1)),
         "backward_q": ((32, 32, 8, 1), (32, 32, 8, 1)),
-        "backward_kv": ((16, 32, 8, 1), (16, 32, 8, 1)),
+        "backward_kv": ((16, 16, 8, 1), (16, 16, 8, 1)),
     },
 }
 
 
 def launch_config(kernel: str, q: Tensor, traits: Set[str]) -> dict[str, int]:
     """Tile, warps and pipeline stages of "forward", "backward_q" or "backward_kv", with traits of "dropout", "mask" and
-    "both" (edges may cross a tile)."""
+    "narrow" (the band, R < 64)."""
     block_m, block_n, warps, stages = chosen(_CONFIGS, kernel, q, traits)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
@@ -245,8 +244,8 @@ def settings(
     kernel: str, q: Tensor, sequences: Sequences, relative: Relative, dropout: Dropout | None, strides: list[int]
 ) -> dict:
     """What the kernel is compiled for."""
-    facts = {"dropout": dropout, "mask": sequences.mask}
-    config = launch_config(kernel, q, {trait for trait, fact in facts.items() if fact is not None})
+    facts = {"dropout": dropout is not None, "mask": sequences.mask is not None, "narrow": relative.radius < 64}
+    config = launch_config(kernel, q, {trait for trait, fact in facts.items() if fact})
     return config | {
         "HEAD_DIM": q.shape[-1],
         "BLOCK_D": relative.edges.shape[-1],

@@ -124,10 +124,8 @@ def test_attention_multiplies_on_the_matrix_unit_alone_and_loads_16_bytes(shippe
     rows = [r for r in rows if "float32" not in r.names[0]]
     assert {r.kernel for r in rows} == {"_forward_kernel", "_backward_q_kernel", "_backward_kv_kernel"}
     for each in rows:
-        loops = [loop for _, loop in each.loops if any(i.pipe == "mma" for i in loop)]
-        assert len(loops) == (1 if each.kernel == "_backward_kv_kernel" else 2), title(
-            each
-        )  # and one for the last keys
+        loops = products(each)
+        assert len(loops) == (1 if each.kernel == "_backward_kv_kernel" else 2), title(each)  # and for the last keys
         for loop in loops:
             assert {i.opcode for i in loop if i.pipe == "mma"} == {"HGMMA"}, title(each)
             loads = [i.mnemonic for i in loop if i.pipe == "gmem"]
@@ -136,10 +134,47 @@ def test_attention_multiplies_on_the_matrix_unit_alone_and_loads_16_bytes(shippe
         assert each.residency[0] * each.used.warps >= 8, title(each)
 
 
+def products(each):
+    """The loops that multiply matrices, longest first."""
+    return [loop for loop in sass.loops(each.code) if any(i.pipe == "mma" for i in loop)]
+
+
+def test_relative_attention_multiplies_on_the_matrix_unit_alone_and_shuffles_for_sums_of_rows_only(shipped):
+    """On sm_90, of what is trained: a loop for the tiles that touch the band and one for the others, each once more for
+    the last keys. A thread has two rows of a tile of queries by keys, and a sum or a maximum of four lanes takes two
+    shuffles each."""
+    rows = [r for r in shipped if r.source.startswith("relative") and r.target == 90 and " 64 R64" in r.names[0]]
+    rows = [r for r in rows if "float32" not in r.names[0] and "mask" not in r.names[0]]
+    reductions = {"_forward_kernel": 4, "_backward_q_kernel": 2, "_backward_kv_kernel": 0}  # at most, with dropout's
+    assert {r.kernel for r in rows} == set(reductions)
+    for each in rows:
+        loops = products(each)
+        assert len(loops) == (2 if each.kernel == "_backward_kv_kernel" else 4), title(each)
+        for loop in loops:
+            assert {i.opcode for i in loop if i.pipe == "mma"} == {"HGMMA"}, title(each)
+            assert sum(i.pipe == "shfl" for i in loop) <= 4 * reductions[each.kernel], title(each)
+        assert each.residency[0] * each.used.warps >= 8, title(each)
+
+
+def test_tiles_outside_of_the_band_cost_what_plain_attention_costs(shipped):
+    """Clocks of the pipe that binds per element of a tile, on sm_90: at most 10 % more than of the same pass without
+    relative positions, in the loop over whole tiles."""
+    clocks = {}
+    for each in shipped:
+        if each.target == 90 and each.names[0] in ("float16 64 absolute packed", "float16 64 R64 packed"):
+            settings = dict(word.split("=") for word in each.settings.split())
+            tile = int(settings["BLOCK_M"]) * int(settings["BLOCK_N"])
+            each_tile = (sass.clocks(loop, 90, each.used.warps) for loop in products(each))
+            clocks[each.source, each.kernel] = min(c[sass.binding(c).rstrip("?")] / tile for c in each_tile)
+    for kernel in ("_forward_kernel", "_backward_q_kernel", "_backward_kv_kernel"):
+        relative = "relative_attention" if kernel == "_forward_kernel" else "relative_attention_bwd"
+        assert clocks[relative, kernel] <= 1.1 * clocks["attention", kernel], (kernel, clocks)
+
+
 def test_head_dims_that_16_does_not_divide_load_pairs(shipped):
     """26 elements of 2 bytes: 4 bytes at a time, not 2."""
     rows = [each for each in shipped if each.names[0].startswith("float16 26")]
-    assert len(rows) == 3 * len(sass.TARGETS)
+    assert len(rows) == 6 * len(sass.TARGETS)
     narrow = [
         (title(each), i.mnemonic) for each in rows for i in each.code if i.pipe == "gmem" and ".U16" in i.mnemonic
     ]
