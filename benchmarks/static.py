@@ -122,7 +122,7 @@ def _relative_attention(backward: bool, shipped: Sequence[str] = RELATIVE) -> La
         (q, k, v), o, lse, sequences, dropout = _attended(name)
         radius, width = int(name.split()[2].removeprefix("R")), max(16, triton.next_power_of_2(q.shape[-1]))
         waves, edges = q.new_empty(2 * (512 + radius), width), q.new_empty(16, width)
-        options = 0.125, sequences, Relative(torch.empty(2, 256, width // 2), waves, edges, radius), dropout
+        options = 0.125, sequences, Relative(torch.empty(2, len(waves), width // 2), waves, edges, radius), dropout
         if backward:
             yield name, partial(relative_attention_bwd.relative_attention_bwd, o, q, k, v, q, o, lse, *options)
             continue

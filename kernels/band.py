@@ -13,6 +13,7 @@ from fastbert.kernels import tile
 def near(first, length, radius, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """(low, high), multiples of STEP: the tiles of STEP rows from low to high touch the band of the BLOCK rows from
     `first` on, and no others do."""
+    tl.static_assert(BLOCK + STEP <= 512, "launch.Relative has sinusoids for two tiles of 256 rows at most")
     low = tl.maximum(first - radius + 1, 0) // STEP * STEP
     high = tl.minimum(tl.cdiv(first + BLOCK - 1 + radius, STEP), tl.cdiv(length, STEP)) * STEP
     return low, high
@@ -33,9 +34,9 @@ def place(first_m, first_n, radius, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 
 
 @triton.jit
-def sinusoids(p_waves, o_n, first_m, BLOCK_D: tl.constexpr):
-    """s_j of the keys o_n, with angles counted from the first query on: [BLOCK_N, BLOCK_D]."""
-    return tile.load(p_waves, o_n - first_m, None, BLOCK_D, BLOCK_D, BLOCK_D, False)
+def sinusoids(p_waves, o_n, first, BLOCK_D: tl.constexpr):
+    """s_j of the keys o_n, with angles counted from `first` on: [BLOCK_N, BLOCK_D]."""
+    return tile.load(p_waves, o_n - first, None, BLOCK_D, BLOCK_D, BLOCK_D, False)
 
 
 @triton.jit

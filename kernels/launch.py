@@ -61,9 +61,10 @@ class Rotation(NamedTuple):
 class Relative(NamedTuple):
     """NEZHA's sinusoids, of angles n theta_k, in rows of BLOCK_D elements, zeros from D on.
 
-    phases: float32 [2, 256, BLOCK_D/2], cosines and sines for n = R, R - 1, ... waves: [N, BLOCK_D] in q's dtype, sines
-    and cosines interleaved, for n = -N/2, 1 - N/2, ..., where N/2 is 512 more than R, or than max_length if that is
-    less. edges: [16, BLOCK_D] in q's dtype, T[0], T[2R] and zeros. radius: R, or 2^30 if that is less."""
+    waves: [N, BLOCK_D] in q's dtype, sines and cosines interleaved, for n = -N/2, 1 - N/2, ... phases: float32 [2, N,
+    BLOCK_D/2], cosines and sines for n = R + N/2, R + N/2 - 1, ... N/2 is 512, for two tiles of 256 rows at most, more
+    than R, or than max_length if that is less. edges: [16, BLOCK_D] in q's dtype, T[0], T[2R] and zeros. radius: R, at
+    most 2^30."""
 
     phases: Tensor
     waves: Tensor

@@ -180,8 +180,7 @@ _CONFIGS = {
         "backward_q": ((128, 64, 8, 2), (64, 16, 8, 2)),
         "backward_q dropout": ((128, 32, 8, 3), (64, 16, 8, 2)),
         "backward_q narrow": ((128, 32, 8, 3), (64, 16, 8, 2)),
-        "backward_kv": ((64, 128, 8, 3), (16, 128, 8, 1)),
-        "backward_kv mask": ((32, 128, 8, 2), (16, 128, 8, 1)),
+        "backward_kv": ((64, 128, 8, 3), (32, 128, 8, 1)),
     },
     10: {
         "forward": ((128, 32, 8, 2), (64, 64, 8, 2)),
@@ -190,22 +189,25 @@ _CONFIGS = {
     },
     12: {
         "forward": ((128, 16, 8, 2), (32, 32, 8, 1)),
-        "backward_q": ((128, 16, 8, 2), (16, 64, 8, 1)),
-        "backward_q narrow": ((64, 16, 4, 1), (16, 64, 8, 1)),
-        "backward_kv": ((16, 128, 8, 2), (32, 32, 8, 1)),
+        "backward_q": ((128, 16, 8, 2), (32, 16, 8, 1)),
+        "backward_q narrow": ((64, 16, 4, 1), (32, 16, 8, 1)),
+        "backward_kv": ((32, 32, 4, 2), (32, 32, 8, 1)),
     },
     8: {
         "forward": ((64, 32, 4, 2), (32, 32, 8, 1)),
         "forward dropout": ((128, 16, 8, 2), (32, 32, 8, 1)),
         "forward mask": ((128, 16, 8, 2), (32, 32, 8, 1)),
         "forward narrow": ((128, 16, 8, 2), (32, 32, 8, 1)),
-        "backward_q": ((128, 16, 8, 2), (16, 64, 8, 1)),
-        "backward_kv": ((16, 128, 8, 2), (32, 32, 8, 1)),
+        "backward_q": ((128, 16, 8, 2), (32, 32, 8, 2)),
+        "backward_kv": ((32, 128, 8, 2), (32, 32, 8, 1)),
+        "backward_kv dropout": ((32, 32, 4, 2), (32, 32, 8, 1)),
+        "backward_kv mask": ((32, 32, 4, 2), (32, 32, 8, 1)),
+        "backward_kv narrow": ((32, 32, 4, 2), (32, 32, 8, 1)),
     },
     32: {
         "forward": ((32, 32, 8, 1), (32, 32, 8, 1)),
         "backward_q": ((32, 32, 8, 1), (32, 32, 8, 1)),
-        "backward_kv": ((16, 16, 8, 1), (16, 16, 8, 1)),
+        "backward_kv": ((32, 16, 16, 1), (32, 16, 16, 1)),
     },
 }
 
@@ -271,7 +273,7 @@ def crossed_twice(radius: int, block_m: int, block_n: int) -> bool:
 
 
 def tables_and_dropout(relative: Relative, dropout: Dropout | None) -> tuple:
-    """(cosines, sines, waves from 0 on, edges, seed), (drop, what kept elements are multiplied by)."""
-    middle = relative.waves[relative.waves.shape[0] // 2 :]
+    """(cosines, sines, waves, all from their middles on, edges, seed), (drop, what kept elements are multiplied by)."""
+    middle = relative.waves.shape[0] // 2
     seed, drop = (None, 0) if dropout is None else dropout
-    return (*relative.phases, middle, relative.edges, seed), (drop, 256 / (256 - drop))
+    return (*relative.phases[:, middle:], relative.waves[middle:], relative.edges, seed), (drop, 256 / (256 - drop))

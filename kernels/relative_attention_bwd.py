@@ -180,13 +180,14 @@ def _backward_q_kernel(
 
 @triton.jit
 def _accumulate(
-    b_dk, b_dv, b_k, b_v, low, high, near_low, near_high,
-    p_q, p_do, p_rows, plane, p_mask, p_cos, p_sin, p_waves,
+    b_dk, b_dv, b_k, b_v, b_waves, low, high, near_low, near_high,
+    p_q, p_do, p_rows, plane, p_mask, p_cos, p_sin,
     key, x, y, length, stride_q, stride_do, scale, drop, radius, first_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BOTH: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
-    """dk's and dv's loop over queries `low` to `high`, of those that are NEAR or by their numbers among the others."""
+    """dk's and dv's loop over queries `low` to `high`, of those that are NEAR or by their numbers among the others.
+    Angles are counted from the first key on, so that b_waves, its sinusoids, stay."""
     for first_m in tl.range(low, high, BLOCK_M):
         if not NEAR:
             first_m = band.far(first_m, near_low, near_high)
@@ -199,10 +200,9 @@ def _accumulate(
         # [BLOCK_N, BLOCK_M]
         if NEAR:
             o_n = first_n + tl.arange(0, BLOCK_N)
-            b_sin_n = band.sinusoids(p_waves, o_n, first_m, BLOCK_D)
-            b_cos, b_sin = tile.angles(p_cos, p_sin, tile.rows(BLOCK_M), BLOCK_D, BLOCK_D)
-            b_s = tl.dot(b_sin_n, tl.trans(tile.turn(b_q, b_cos, b_sin)), input_precision="ieee")
-            b_dp = tl.dot(b_sin_n, tl.trans(tile.turn(b_do, b_cos, b_sin)), input_precision="ieee")
+            b_cos, b_sin = tile.angles(p_cos, p_sin, o_m - first_n, BLOCK_D, BLOCK_D)
+            b_s = tl.dot(b_waves, tl.trans(tile.turn(b_q, b_cos, b_sin)), input_precision="ieee")
+            b_dp = tl.dot(b_waves, tl.trans(tile.turn(b_do, b_cos, b_sin)), input_precision="ieee")
             if crossed:
                 p_left = p_at + (6 if BOTH else 6 + (side > 0).to(tl.int32)) * plane
                 b_q_left = tl.load(p_left, mask=m_m, other=0)[None, :]
@@ -226,7 +226,7 @@ def _accumulate(
         if key is not None:
             b_keep = tl.trans(tile.keep(key, x, y, first_m, first_n, drop, BLOCK_M, BLOCK_N))
             b_dropped = tl.where(b_keep, b_p, scale * 0.0)
-            b_delta = tl.load(p_at + 3 * plane, mask=m_m, other=0)
+            b_delta = b_less if NEAR else tl.load(p_at + 3 * plane, mask=m_m, other=0)
             b_dp = tl.where(b_keep, b_dp, -b_delta[None, :])
         b_dv = tl.dot(b_dropped.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
         b_ds = b_p * b_dp
@@ -263,6 +263,7 @@ def _backward_kv_kernel(
     # [BLOCK_N, BLOCK_D]
     b_k = tile.load(p_k, o_n, m_real, stride_k, HEAD_DIM, BLOCK_D, False)
     b_v = tile.load(p_v, o_n, m_real, stride_v, HEAD_DIM, BLOCK_D, False)
+    b_waves = band.sinusoids(p_waves, o_n, first_n, BLOCK_D)
     key, x, y = None, None, None
     if p_seed is not None:
         key, x, y = tile.stream(p_seed, i_batch, i_head)
@@ -270,14 +271,14 @@ def _backward_kv_kernel(
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     near_low, near_high = band.near(first_n, length, radius, BLOCK_N, BLOCK_M)
     b_dk, b_dv = _accumulate(
-        b_dk, b_dv, b_k, b_v, near_low, near_high, near_low, near_high,
-        p_q, p_do, p_rows, plane, p_mask, p_cos, p_sin, p_waves,
+        b_dk, b_dv, b_k, b_v, b_waves, near_low, near_high, near_low, near_high,
+        p_q, p_do, p_rows, plane, p_mask, p_cos, p_sin,
         key, x, y, length, stride_q, stride_do, scale, drop, radius, first_n,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, BOTH, True,
     )  # fmt: skip
     b_dk, b_dv = _accumulate(
-        b_dk, b_dv, b_k, b_v, 0, near_low + length - near_high, near_low, near_high,
-        p_q, p_do, p_rows, plane, p_mask, p_cos, p_sin, p_waves,
+        b_dk, b_dv, b_k, b_v, b_waves, 0, near_low + length - near_high, near_low, near_high,
+        p_q, p_do, p_rows, plane, p_mask, p_cos, p_sin,
         key, x, y, length, stride_q, stride_do, scale, drop, radius, first_n,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, BOTH, False,
     )  # fmt: skip

@@ -28,6 +28,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 on_a_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])  # interpreted, bfloat16 products are wrong
 NAMES = ["attention", "rotary_attention", "relative_attention"]
+SHIPPED = {module: module.launch_config for module in (attention, relative_attention)}
 NAN = float("nan")
 every = pytest.mark.parametrize("name", NAMES)
 
@@ -65,7 +66,7 @@ def run(name, arguments, **options):
 def tiles(monkeypatch, block_m, block_n, warps=4):
     """Every kernel in tiles of this size."""
     config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": 1}
-    for module in (attention, relative_attention):
+    for module in SHIPPED:
         monkeypatch.setattr(module, "launch_config", lambda *_: config)
 
 
@@ -151,10 +152,27 @@ def test_one_key(name):
 
 @pytest.mark.parametrize("block_m, block_n", [(32, 16), (64, 32), (128, 64), (256, 64), (64, 128), (128, 32)])
 def test_tiles_of_any_size_give_the_same(block_m, block_n, monkeypatch):
-    """Those of launch_config on all architectures, among them."""
     tiles(monkeypatch, block_m, block_n, warps=8 if block_m == 256 else 4)
     lengths = [block_m + 9, 3] if CUDA else [70]
     hold("rotary_attention", inputs(lengths, layout="packed", dtype=torch.float16), dropout_p=0.3, seed=2)
+
+
+@pytest.mark.skipif(CUDA, reason="a GPU runs its own")
+@pytest.mark.parametrize("head_dim", [16, 72])
+@pytest.mark.parametrize(
+    "module, major",
+    [(module, major) for module in SHIPPED for major in module._CONFIGS],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_tiles_that_ship(module, major, head_dim, monkeypatch):
+    """Every kernel in the tile of its own that a device with this compute capability (32: float32) has."""
+    monkeypatch.setattr(module, "launch_config", SHIPPED[module])
+    monkeypatch.setattr(module, "_CONFIGS", {8: module._CONFIGS[major], 32: module._CONFIGS[32]})
+    name = "rotary_attention" if module is attention else "relative_attention"
+    options = {} if module is attention else {"max_relative_position": 20}
+    arguments = inputs([70], 1, head_dim, layout="packed", dtype=torch.float32 if major == 32 else torch.float16)
+    for dropout_p in (0.0, 0.1) if head_dim == 16 else (0.1,):
+        hold(name, arguments, dropout_p=dropout_p, seed=2, **options)
 
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -219,9 +237,10 @@ def test_scores_depend_on_the_difference_of_positions_only(shift):
 def test_padding_reaches_nothing(name, junk):
     clean, dirty = (inputs([5, 0, 9], layout="padded", padding=x) for x in (0.0, junk))
     real = clean["key_padding_mask"]
+    options = {"max_relative_position": 3} if name == "relative_attention" else {}
     results = []
     for arguments in (clean, dirty):
-        output = fused(name, dropout_p=0.3, seed=2)(**arguments)
+        output = fused(name, dropout_p=0.3, seed=2, **options)(**arguments)
         results.append(
             (
                 output.detach(),
@@ -448,7 +467,7 @@ def test_registered_operators(layout, positions):
         tables = fused_attention._angles(20, 16, 10000.0, q.device), None, None
     if positions == "relative":
         radius = 7
-        tables = fused_attention._waves(0, radius, 16, q.dtype, q.device)
+        tables = fused_attention._waves(None, radius, 16, q.dtype, q.device)
     options = mask, ends, seeds, *tables, 20, 0.25, 26, "values" in positions, True, radius
     torch.library.opcheck(fused_attention._forward_op, (q, k, v, *options, True))
     plain = [t.detach() for t in (q, k, v)]
@@ -459,10 +478,18 @@ def test_registered_operators(layout, positions):
     torch.library.opcheck(fused_attention._backward_op, (o, *operands, given, o, lse, *options))
 
 
-def test_fake_tensors():
+@every
+def test_fake_tensors(name):
     with FakeTensorMode():
         fake = torch.zeros(1, 13, 1, 16, device=DEVICE)
-        assert fused("rotary_attention", dropout_p=0.1)(fake, fake, fake).shape == fake.shape
+        assert fused(name, dropout_p=0.1)(fake, fake, fake).shape == fake.shape
+
+
+def test_tables_are_not_kept_from_a_mode_that_makes_fake_tensors():
+    x = torch.zeros(1, 13, 1, 16, device=DEVICE)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fused("relative_attention", max_relative_position=61)(x, x, x)
+    assert fused("relative_attention", max_relative_position=61)(x, x, x).isfinite().all()
 
 
 @on_a_gpu

@@ -150,6 +150,8 @@ def test_wrong_input_is_named():
     with pytest.raises(ShapeError, match=r"q: got head dim 5, the last of \(2, 3, 2, 5\), expected an even number"):
         ops.relative_attention(odd, odd, odd)
     even = torch.zeros(2, 3, 2, 4)
-    for radius in (0, 3.5, None):
-        with pytest.raises(ConfigError, match=f"max_relative_position: got {radius}, expected at least 1, an int"):
+    for radius in (0, 3.5, None, 2**30 + 1):
+        with pytest.raises(
+            ConfigError, match=rf"max_relative_position: got {radius}, expected from 1 to 2\^30, an int"
+        ):
             ops.relative_attention(even, even, even, max_relative_position=radius)

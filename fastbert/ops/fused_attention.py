@@ -16,7 +16,7 @@ from fastbert.philox import signed, threshold
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 128
 MIN_SCALE = 1e-30
-# A larger radius is cut to the length of the sequences, for the size of its tables
+# The tables of a larger radius reach no further than the sequences
 LONG = 4096
 
 
@@ -75,12 +75,12 @@ def attention(
         v = v.unflatten(-1, (2, -1)).mT.flatten(-2)
     # A compiler, and tensors that are not plain (fake ones), see a registered operator. It costs microseconds more.
     plain = not torch.compiler.is_compiling() and type(q) in (Tensor, torch.nn.Parameter)
-    radius, tables = min(max_relative_position, 2**30), (None, None, None)
+    plain = plain and type(torch.empty(0, device="cpu")) is Tensor
+    radius, tables = max_relative_position, (None, None, None)
     if theta is not None:
         tables = _tables(plain, _angles, longest, q.shape[-1], float(theta), q.device), None, None
     elif radius:
-        reach = longest if max_relative_position > LONG else 0
-        tables = _tables(plain, _waves, reach, max_relative_position, q.shape[-1], q.dtype, q.device)
+        tables = _tables(plain, _waves, longest if radius > LONG else None, radius, q.shape[-1], q.dtype, q.device)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     ends = None if cu_seqlens is None else cu_seqlens.contiguous()
     o = (_Attention.apply if plain else _forward_op)(
@@ -107,13 +107,13 @@ def _seeds(seed: int | None, device: torch.device) -> Tensor:
     return torch.full((1,), signed(seed), dtype=torch.int64, device=device)
 
 
-def _tables(keep: bool, build: Callable, length: int, *key) -> Tensor | tuple[Tensor, ...]:
+def _tables(keep: bool, build: Callable, length: int | None, *key) -> Tensor | tuple[Tensor, ...]:
     """build(length, *key), the last of which is the device. keep: for the next call."""
     if not keep:
         return build(length, *key)
-    # Powers of two, so that a run over many lengths keeps few
-    length, device = 1 << (length - 1).bit_length() if length else 0, key[-1]
-    key = build, length, *key
+    if length is not None:  # powers of two, so that a run over many lengths keeps few
+        length = 1 << max(length - 1, 0).bit_length()
+    key, device = (build, length, *key), key[-1]
     if key not in _kept:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return build(*key[1:])  # part of the graph, and of its memory
@@ -135,17 +135,18 @@ def _angles(length: int, head_dim: int, theta: float, device: torch.device) -> T
     return torch.stack((angle.cos(), angle.sin())).float()
 
 
-def _waves(length: int, radius: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """(phases, waves, edges) of launch.Relative, of angles in float64. length: of sequences, where 0 stands for more
-    than the radius."""
-    reach = 512 + (min(radius, length) if length else radius)
+def _waves(
+    length: int | None, radius: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(phases, waves, edges) of launch.Relative, of angles in float64, for sequences of `length` tokens or any."""
+    reach = 512 + (radius if length is None else min(radius, length))
     width = max(16, 1 << (head_dim - 1).bit_length())
 
     def pairs(n: int, first: int) -> Tensor:
         angle = portable.angles(n, head_dim, 10000.0, device, first)
         return F.pad(torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2), (0, width - head_dim))
 
-    phases = pairs(256, radius - 255).flip(0).unflatten(1, (-1, 2))
+    phases = pairs(2 * reach, radius - reach + 1).flip(0).unflatten(1, (-1, 2))
     edges = torch.cat((pairs(1, 0), pairs(1, 2 * radius), pairs(14, 0) * 0))
     return torch.stack((phases[..., 1], phases[..., 0])).float(), pairs(2 * reach, -reach).to(dtype), edges.to(dtype)
 

@@ -30,9 +30,9 @@ def relative_attention(
     fastbert.reference, also for how NEZHA's paper and its released code, which is followed, differ in a_ij.
 
     All that `attention` says holds. D must be even. max_relative_position, R: a_ij depends on j - i, clipped to
-    -R ... R; 64 in NEZHA's Chinese models, 127 in the English one. The sinusoids are implied, any length is served, and
-    no backend but "reference" makes a tensor of size [L, L, D]. The transforms of torch.func (grad, vmap) need that
-    backend, with dropout or without.
+    -R ... R; 64 in NEZHA's Chinese models, 127 in the English one; at most 2^30. The sinusoids are implied, any length
+    is served, and no backend but "reference" makes a tensor of size [L, L, D]. The transforms of torch.func (grad,
+    vmap) need that backend, with dropout or without.
 
     Raises ShapeError, DtypeError, ConfigError (scale, dropout_p, seed, max_seqlen, max_relative_position),
     BackendError.
@@ -40,7 +40,9 @@ def relative_attention(
     and 4.
     """
     sequences.check(q, k, v, key_padding_mask, cu_seqlens, max_seqlen, scale, dropout_p, seed, pairs=True)
-    checks.number("max_relative_position", max_relative_position, lambda x: x >= 1, "at least 1, an int", whole=True)
+    checks.number(
+        "max_relative_position", max_relative_position, lambda x: 1 <= x <= 2**30, "from 1 to 2^30, an int", whole=True
+    )
     return sequences.call(
         "relative_attention",
         fused_attention.backends,
