@@ -102,6 +102,7 @@ def turn(b_x, b_cos, b_sin):
 def rows(BLOCK: tl.constexpr):
     """The rows of a tile of queries: bit 4 of the row leads the others, so that a thread of the matrix unit has both of
     its values if the tile has 32 rows for every warp, and of a tile of keys by queries always (see keep)."""
+    tl.static_assert(BLOCK % 32 == 0, "tiles of queries have a multiple of 32 rows")
     o = tl.arange(0, BLOCK)
     return o % 16 + o % (BLOCK // 2) // 16 * 32 + o // (BLOCK // 2) * 16
 
