@@ -32,9 +32,7 @@ ATTENTION = (
     "bfloat16 128 rotary packed dropout",
     "float32 64 rotary packed dropout",
 )
-
-
-# the same, with the radius in place of the positions: with 5, both edges of the band cross a tile
+# The same, with the radius in place of the positions: with 5, both edges of the band cross a tile
 RELATIVE = (
     "float16 64 R64 packed",
     "bfloat16 64 R64 packed dropout",
@@ -103,3 +101,13 @@ def _attended(name: str) -> tuple:
     ends = torch.empty(3, dtype=torch.int32) if layout == "packed" else None
     dropout = Dropout(torch.empty(1, dtype=torch.int64), 26) if dropped else None
     return (q, k, v), o, lse, Sequences(512, mask, ends), dropout
+
+
+# File of kernels/ -> the launches that ship: a name, and a call of the launcher with CPU tensors that nothing reads.
+# Their sizes are multiples of 16, as real ones are: Triton compiles other code for others. A name may come twice.
+CONFIGURATIONS: dict[str, Callable[[], Launches]] = {
+    "attention": _attention,
+    "relative_attention": partial(_relative_attention, False),
+    "relative_attention_bwd": partial(_relative_attention, True),
+    "gelu": _gelu,
+}

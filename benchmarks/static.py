@@ -31,7 +31,6 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -40,23 +39,13 @@ from tqdm import tqdm
 from fastbert.errors import BackendError
 
 from . import sass
-from .launches import Launches, _attention, _gelu, _relative_attention
+from .launches import CONFIGURATIONS, Launches
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).resolve().parent / "results" / "static.txt"
 SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
 WIDTH = 140
 SMALL_LOOP = 40  # instructions below which a kernel's second loop is not shown
-
-
-# File of kernels/ -> the launches that ship: a name, and a call of the launcher with CPU tensors that nothing reads.
-# Their sizes are multiples of 16, as real ones are: Triton compiles other code for others. A name may come twice.
-CONFIGURATIONS: dict[str, Callable[[], Launches]] = {
-    "attention": _attention,
-    "relative_attention": partial(_relative_attention, False),
-    "relative_attention_bwd": partial(_relative_attention, True),
-    "gelu": _gelu,
-}
 
 
 @dataclasses.dataclass

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import tile
-from fastbert.kernels.launch import LOG2_E, VARYING, Dropout, Rotation, Sequences, alignment, chosen
+from fastbert.kernels.launch import LOG2_E, VARYING, Dropout, Rotation, Sequences, alignment, chosen, seed_drop_factor
 
 
 @triton.jit
@@ -436,5 +436,5 @@ def _compile_time(
 def _tables_and_dropout(rotation: Rotation | None, dropout: Dropout | None) -> tuple:
     """(cosines, sines, seed), (drop, what kept elements are multiplied by)."""
     cos, sin = (None, None) if rotation is None else rotation.table
-    seed, drop = (None, 0) if dropout is None else dropout
-    return (cos, sin, seed), (drop, 256 / (256 - drop))
+    seed, *drop_and_factor = seed_drop_factor(dropout)
+    return (cos, sin, seed), drop_and_factor

@@ -79,6 +79,12 @@ class Dropout(NamedTuple):
     drop: int
 
 
+def seed_drop_factor(dropout: Dropout | None) -> tuple[Tensor | None, int, float]:
+    """(seed, drop, what kept elements are multiplied by)."""
+    seed, drop = (None, 0) if dropout is None else dropout
+    return seed, drop, 256 / (256 - drop)
+
+
 def alignment(strides: Sequence[int]) -> int:
     """The largest power of two below 16 that divides all of them; 1 also if 16 does, which Triton sees by itself."""
     common = math.gcd(*strides)

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import band, tile
-from fastbert.kernels.launch import LOG2_E, VARYING, Dropout, Relative, Sequences, alignment, chosen
+from fastbert.kernels.launch import LOG2_E, VARYING, Dropout, Relative, Sequences, alignment, chosen, seed_drop_factor
 
 RELATIVE_VARYING = [*VARYING, "radius"]
 
@@ -275,5 +275,5 @@ def crossed_twice(radius: int, block_m: int, block_n: int) -> bool:
 def tables_and_dropout(relative: Relative, dropout: Dropout | None) -> tuple:
     """(cosines, sines, waves, all from their middles on, edges, seed), (drop, what kept elements are multiplied by)."""
     middle = relative.waves.shape[0] // 2
-    seed, drop = (None, 0) if dropout is None else dropout
-    return (*relative.phases[:, middle:], relative.waves[middle:], relative.edges, seed), (drop, 256 / (256 - drop))
+    seed, *drop_and_factor = seed_drop_factor(dropout)
+    return (*relative.phases[:, middle:], relative.waves[middle:], relative.edges, seed), drop_and_factor

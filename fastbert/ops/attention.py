@@ -51,7 +51,6 @@ def attention(
     sequences.check(q, k, v, key_padding_mask, cu_seqlens, max_seqlen, scale, dropout_p, seed)
     return sequences.call(
         "attention",
-        fused_attention.backends,
         _TWINS,
         backend,
         q,

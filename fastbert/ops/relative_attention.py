@@ -45,7 +45,6 @@ def relative_attention(
     )
     return sequences.call(
         "relative_attention",
-        fused_attention.backends,
         _TWINS,
         backend,
         q,

@@ -47,7 +47,6 @@ def rotary_attention(
     checks.number("theta", theta, lambda x: 0 < x < math.inf, "a positive number")
     return sequences.call(
         "rotary_attention",
-        fused_attention.backends,
         _TWINS,
         backend,
         q,

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fastbert.backend import Predicate, pick
+from fastbert.backend import pick
 from fastbert.errors import ConfigError, DtypeError, ShapeError
-from fastbert.ops import checks
+from fastbert.ops import checks, fused_attention
 
 
 def check(
@@ -56,7 +56,6 @@ def check(
 
 def call(
     op: str,
-    backends: Callable[[Tensor], Mapping[str, Predicate]],
     twins: Mapping[str, Callable[..., Tensor]],
     asked: str | None,
     q: Tensor,
@@ -64,7 +63,7 @@ def call(
     v: Tensor,
     **arguments,
 ) -> Tensor:
-    """The twin that is picked of backends(q), called with q, k, v; under autocast in its dtype (float64 stays), and
+    """The twin that is picked for q, called with q, k, v; under autocast in its dtype (float64 stays), and
     without casts inside."""
     device = q.device.type
     if torch.is_autocast_enabled(device):
@@ -72,8 +71,8 @@ def call(
         q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
         checks.same_dtype(q=q, k=k, v=v)
         with torch.autocast(device, enabled=False):
-            return call(op, backends, twins, asked, q, k, v, **arguments)
-    return twins[pick(op, backends(q), asked, q, arguments["scale"])](q, k, v, **arguments)
+            return call(op, twins, asked, q, k, v, **arguments)
+    return twins[pick(op, fused_attention.backends(q), asked, q, arguments["scale"])](q, k, v, **arguments)
 
 
 def check_packed(cu_seqlens: Tensor, max_seqlen: int | None, tokens: int) -> None:
