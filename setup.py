@@ -44,7 +44,7 @@ def extension(part):
     arguments = {
         "define_macros": [STABLE_ABI],
         "extra_compile_args": {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
-        "depends": ["csrc/lamb.h"],
+        "depends": ["csrc/lamb.h", "csrc/lamb_launch.h"],
         "py_limited_api": True,
     }
     if part == "cuda":

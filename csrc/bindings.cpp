@@ -10,72 +10,245 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <utility>
 #include <vector>
 
-#include "lamb.h"
+#include "lamb_launch.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
 
-float* data(const Tensor& tensor, const Tensor& like, const char* list, size_t index) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, "lamb_: ", list, "[", index, "] is not float32");
+using fastbert::LambBatch;
+using Tensors = std::vector<Tensor>;
+
+// Columns of `settings`, a row for each group.
+enum Column { kCount, kLr, kLrIndex, kBeta1, kBeta2, kEps, kWeightDecay, kFlags, kColumns };
+enum Flag { kBiasCorrection = 1, kGradAveraging = 2, kAdapt = 4 };
+
+void* data(const Tensor& tensor, const Tensor& like, const char* list, size_t index) {
   STD_TORCH_CHECK(tensor.is_contiguous(), "lamb_: ", list, "[", index, "] is not contiguous");
   STD_TORCH_CHECK(tensor.device() == like.device(), "lamb_: ", list, "[", index, "] is not where params[0] is");
-  return static_cast<float*>(tensor.mutable_data_ptr());
+  return tensor.mutable_data_ptr();
 }
 
-// The non-empty tensors of the group as raw pointers.
-std::vector<fastbert::LambTensor> gather(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-                                         const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs) {
-  const size_t count = params.size();
-  STD_TORCH_CHECK(grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count,
-                  "lamb_: lists of ", count, " params, ", grads.size(), " grads, ", exp_avgs.size(), " exp_avgs, ",
-                  exp_avg_sqs.size(), " exp_avg_sqs");
-  std::vector<fastbert::LambTensor> group;
-  group.reserve(count);
-  for (size_t i = 0; i < count; ++i) {
+template <class T>
+T* data(const Tensor& tensor, ScalarType type, const Tensor& like, const char* list, size_t index) {
+  STD_TORCH_CHECK(tensor.scalar_type() == type, "lamb_: ", list, "[", index, "] is not ",
+                  type == ScalarType::Float ? "float32" : "float64");
+  return static_cast<T*>(data(tensor, like, list, index));
+}
+
+fastbert::LambType type_of(const Tensor& tensor, const char* list, size_t index) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, "lamb_: ", list,
+                  "[", index, "] is not float32, float16 or bfloat16");
+  return type == ScalarType::Float ? fastbert::kFloat
+         : type == ScalarType::Half ? fastbert::kHalf
+                                    : fastbert::kBFloat16;
+}
+
+struct Lists {
+  const Tensors &params, &masters, &grads, &exp_avgs, &exp_avg_sqs, &steps, &lrs;
+
+  fastbert::LambTensor tensor(size_t i) const {
     const int64_t numel = params[i].numel();
-    STD_TORCH_CHECK(grads[i].numel() == numel && exp_avgs[i].numel() == numel && exp_avg_sqs[i].numel() == numel,
-                    "lamb_: the tensors at index ", i, " differ in size from params[", i, "] of ", numel, " elements");
-    if (numel == 0) continue;
-    group.push_back({data(params[i], params[0], "params", i), data(grads[i], params[0], "grads", i),
-                     data(exp_avgs[i], params[0], "exp_avgs", i),
-                     data(exp_avg_sqs[i], params[0], "exp_avg_sqs", i), numel});
+    for (const Tensors* list : {&masters, &grads, &exp_avgs, &exp_avg_sqs})
+      STD_TORCH_CHECK((*list)[i].numel() == numel, "lamb_: the tensors at index ", i, " differ in size from params[", i,
+                      "] of ", numel, " elements");
+    STD_TORCH_CHECK(steps[i].numel() == 1, "lamb_: steps[", i, "] is not one number");
+    const Tensor& like = params[0];
+    fastbert::LambTensor t = {};
+    t.weight = data(masters[i], like, "masters", i);
+    t.copy = data(params[i], like, "params", i);
+    t.grad = data(grads[i], like, "grads", i);
+    t.exp_avg = data<float>(exp_avgs[i], ScalarType::Float, like, "exp_avgs", i);
+    t.exp_avg_sq = data<float>(exp_avg_sqs[i], ScalarType::Float, like, "exp_avg_sqs", i);
+    t.step = data<float>(steps[i], ScalarType::Float, like, "steps", i);
+    t.numel = numel;
+    t.weight_type = type_of(masters[i], "masters", i);
+    t.copy_type = type_of(params[i], "params", i);
+    t.grad_type = type_of(grads[i], "grads", i);
+    const uintptr_t bits = reinterpret_cast<uintptr_t>(t.weight) | reinterpret_cast<uintptr_t>(t.copy) |
+                           reinterpret_cast<uintptr_t>(t.grad) | reinterpret_cast<uintptr_t>(t.exp_avg) |
+                           reinterpret_cast<uintptr_t>(t.exp_avg_sq);
+    t.aligned = bits % 16 == 0;
+    if (t.copy == t.weight) t.copy = nullptr;  // there is no master
+    STD_TORCH_CHECK(t.copy == nullptr || (t.weight_type == fastbert::kFloat && t.copy_type != fastbert::kFloat),
+                    "lamb_: masters[", i, "] is not params[", i, "] and not float32 for one of 16 bits");
+    return t;
   }
-  return group;
+
+  fastbert::LambGroup group(const double* row) const {
+    fastbert::LambGroup group = {};
+    const auto index = static_cast<int64_t>(row[kLrIndex]);
+    group.lr = static_cast<float>(row[kLr]);
+    if (index >= 0) {
+      STD_TORCH_CHECK(index < static_cast<int64_t>(lrs.size()), "lamb_: there is no lrs[", index, "]");
+      group.lr_pointer = data<float>(lrs[index], ScalarType::Float, params[0], "lrs", index);
+    }
+    group.beta1 = row[kBeta1];
+    group.beta2 = row[kBeta2];
+    group.eps = static_cast<float>(row[kEps]);
+    group.weight_decay = static_cast<float>(row[kWeightDecay]);
+    const int flags = static_cast<int>(row[kFlags]);
+    group.bias_correction = flags & kBiasCorrection;
+    group.grad_averaging = flags & kGradAveraging;
+    group.adapt = flags & kAdapt;
+    return group;
+  }
+};
+
+using Batches = std::vector<std::unique_ptr<LambBatch>>;
+
+// As many batches as the capacity of one asks for; their work is not set yet.
+Batches gather(const Lists& lists, const Tensor& settings) {
+  const size_t count = lists.params.size();
+  for (const Tensors* list : {&lists.masters, &lists.grads, &lists.exp_avgs, &lists.exp_avg_sqs, &lists.steps})
+    STD_TORCH_CHECK(list->size() == count, "lamb_: lists of ", count, " params, ", lists.masters.size(), " masters, ",
+                    lists.grads.size(), " grads, ", lists.exp_avgs.size(), " exp_avgs, ", lists.exp_avg_sqs.size(),
+                    " exp_avg_sqs, ", lists.steps.size(), " steps");
+  STD_TORCH_CHECK(settings.dim() == 2 && settings.size(1) == kColumns && settings.is_contiguous() &&
+                      settings.scalar_type() == ScalarType::Double && settings.is_cpu(),
+                  "lamb_: settings is not a float64 matrix of ", int{kColumns}, " columns on the CPU");
+  const auto* row = static_cast<const double*>(settings.mutable_data_ptr());
+  const int chunk = count > 0 && lists.params[0].is_cuda() ? fastbert::kCudaChunk : fastbert::kCpuChunk;
+  Batches batches;
+  size_t i = 0;
+  int groups = fastbert::kGroups;  // of the last batch
+  for (int64_t g = 0; g < settings.size(0); ++g, row += kColumns) {
+    const auto end = i + static_cast<size_t>(row[kCount]);
+    STD_TORCH_CHECK(end <= count, "lamb_: settings counts more tensors than there are params");
+    bool known = false;  // whether the last batch has this group
+    for (; i < end; ++i, known = true) {
+      const bool full = batches.empty() || batches.back()->count == fastbert::kBatch;
+      if (full || (!known && groups == fastbert::kGroups)) {
+        batches.push_back(std::make_unique<LambBatch>());
+        groups = 0;
+        known = false;
+      }
+      LambBatch& batch = *batches.back();
+      if (!known) batch.groups[groups++] = lists.group(row);
+      fastbert::LambTensor& tensor = batch.tensors[batch.count++] = lists.tensor(i);
+      tensor.group = static_cast<uint8_t>(groups - 1);
+      tensor.first_chunk = batch.chunks;
+      batch.chunks += fastbert::lamb_chunks(tensor.numel, chunk);
+    }
+  }
+  STD_TORCH_CHECK(i == count, "lamb_: settings counts ", i, " tensors, but there are ", count, " params");
+  return batches;
+}
+
+// The memory of a step, in ints: first what must be zero before the norm, then the rest.
+int64_t zeroed_ints(const Batches& batches) {
+  int64_t ints = 4;  // norm_state, and two to keep the alignment
+  for (const auto& batch : batches) ints += 4 + 2 * batch->count;
+  return (ints + 3) / 4 * 4;
+}
+
+int64_t work_ints(const Batches& batches) {
+  int64_t ints = zeroed_ints(batches);
+  for (const auto& batch : batches) ints += 4 * batch->count + batch->chunks * (4 + 2 + 2);  // see carve
+  return ints;
+}
+
+// Gives each batch its part of the workspace and of the totals.
+void carve(const Batches& batches, int* memory, double* totals) {
+  int* zeroed = memory + 4;
+  int* rest = memory + zeroed_ints(batches);
+  const auto take = [&rest](int64_t ints) { return std::exchange(rest, rest + ints); };
+  int items = 0;
+  for (const auto& batch : batches) items += fastbert::lamb_items(batch->chunks);
+  double* norm_sums = reinterpret_cast<double*>(take(2 * static_cast<int64_t>(items)));
+  auto* pairs = reinterpret_cast<fastbert::LambNorms*>(totals + 2);
+  int first_item = 0;
+  for (const auto& batch : batches) {
+    fastbert::LambWork& work = batch->work;
+    work.norm_state = memory;
+    work.tickets = std::exchange(zeroed, zeroed + 4);
+    work.arrived = std::exchange(zeroed, zeroed + batch->count);
+    work.ready = std::exchange(zeroed, zeroed + batch->count);
+    work.sums = reinterpret_cast<fastbert::LambNorms*>(take(4 * static_cast<int64_t>(batch->chunks)));
+    work.next = take(2 * ((batch->chunks + 1) / 2));
+    work.bias = reinterpret_cast<float*>(take(2 * static_cast<int64_t>(batch->count)));
+    work.norm_sums = norm_sums;
+    work.total = totals;
+    work.totals = std::exchange(pairs, pairs + batch->count);
+    batch->first_item = std::exchange(first_item, first_item + fastbert::lamb_items(batch->chunks));
+    batch->items = items;
+  }
+}
+
+const float* scalar(const std::optional<Tensor>& tensor, const Tensor& like, const char* name) {
+  if (!tensor.has_value()) return nullptr;
+  STD_TORCH_CHECK(tensor->numel() == 1, "lamb_: ", name, " is not one number");
+  return data<float>(*tensor, ScalarType::Float, like, name, 0);
+}
+
+// Calls launch(batch, phases) for what is asked. One batch does all its phases in one launch; of several, the norms
+// come first.
+template <class Launch>
+void course(const Batches& batches, int phases, const Launch& launch) {
+  if (batches.size() == 1) return launch(*batches[0], phases);
+  for (const int part : {phases & fastbert::kNorm, phases & ~fastbert::kNorm})
+    for (const auto& batch : batches)
+      if (part) launch(*batch, part);
 }
 
 #ifdef FASTBERT_CUDA
-void launch_cuda(const fastbert::LambStep& step, const std::vector<fastbert::LambTensor>& group, const Tensor& like) {
-  int64_t chunks = 0;
-  for (const auto& tensor : group) chunks += fastbert::lamb_chunks(tensor.numel);
-  constexpr int64_t kDoubles = sizeof(fastbert::LambNorms) / sizeof(double);
-  const Tensor scratch = torch::stable::new_empty(like, {chunks * kDoubles}, ScalarType::Double);
-  auto* sums = static_cast<fastbert::LambNorms*>(scratch.mutable_data_ptr());
+void run_cuda(const Batches& batches, int phases, int* memory, const Tensor& like) {
   const int32_t device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const char* error = fastbert::lamb_cuda(step, group, sums, device, stream);
-  STD_TORCH_CHECK(error == nullptr, "lamb_: ", error);
+  const auto check = [](const char* error) { STD_TORCH_CHECK(error == nullptr, "lamb_: ", error); };
+  if (phases & fastbert::kNorm) check(fastbert::clear_cuda(memory, zeroed_ints(batches) * sizeof(int), stream));
+  course(batches, phases, [&](LambBatch& batch, int part) { check(fastbert::lamb_cuda(batch, part, stream)); });
 }
 #endif
 
-void lamb_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-           std::vector<Tensor> exp_avg_sqs, int64_t step, double lr, double beta1, double beta2, double eps,
-           double weight_decay, bool bias_correction, bool grad_averaging, bool always_adapt, double grad_scale) {
-  const auto group = gather(params, grads, exp_avgs, exp_avg_sqs);
-  if (group.empty()) return;
-  const auto scalars = fastbert::make_lamb_step(step, lr, beta1, beta2, eps, weight_decay, bias_correction,
-                                                grad_averaging, always_adapt, grad_scale);
-#ifdef FASTBERT_CUDA
-  if (params[0].is_cuda()) return launch_cuda(scalars, group, params[0]);
-#endif
-  fastbert::lamb_cpu(scalars, group, [](int64_t count, const fastbert::Range& body) {
-    torch::stable::parallel_for(0, count, 1, body);
+void run_cpu(const Batches& batches, int phases, int* memory) {
+  if (phases & fastbert::kNorm) std::fill_n(memory, zeroed_ints(batches), 0);
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  course(batches, phases, [&](LambBatch& batch, int part) {
+    fastbert::lamb_cpu(batch, part, threads, [](int64_t count, const fastbert::Range& body) {
+      torch::stable::parallel_for(0, count, 1, body);
+    });
   });
+}
+
+Tensor lamb_(Tensors params, Tensors masters, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps,
+             Tensors lrs, Tensor settings, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+             double max_grad_norm, Tensor totals, std::optional<Tensor> workspace, int64_t phases) {
+  const Batches batches = gather({params, masters, grads, exp_avgs, exp_avg_sqs, steps, lrs}, settings);
+  const Tensor& like = totals;
+  STD_TORCH_CHECK(batches.empty() || params[0].device() == totals.device(), "lamb_: totals is not where params[0] is");
+  STD_TORCH_CHECK(totals.numel() == 2 + 2 * static_cast<int64_t>(params.size()), "lamb_: totals has ", totals.numel(),
+                  " elements, not two and two for each tensor");
+  const int64_t ints = work_ints(batches);
+  const Tensor memory = workspace.has_value() ? *workspace : torch::stable::new_empty(like, {ints}, ScalarType::Int);
+  STD_TORCH_CHECK(memory.numel() == ints && memory.scalar_type() == ScalarType::Int,
+                  "lamb_: workspace is not that of the norm of these tensors");
+  if (batches.empty()) return memory;
+  auto* begin = static_cast<int*>(data(memory, like, "workspace", 0));
+  carve(batches, begin, data<double>(totals, ScalarType::Double, like, "totals", 0));
+  for (const auto& batch : batches) {
+    batch->grad_scale = scalar(grad_scale, like, "grad_scale");
+    batch->found_inf = scalar(found_inf, like, "found_inf");
+    batch->max_grad_norm = max_grad_norm;
+  }
+#ifdef FASTBERT_CUDA
+  if (like.is_cuda()) {
+    run_cuda(batches, static_cast<int>(phases), begin, like);
+    return memory;
+  }
+#endif
+  run_cpu(batches, static_cast<int>(phases), begin);
+  return memory;
 }
 
 }  // namespace
@@ -83,9 +256,9 @@ void lamb_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
 // A fragment, because the Python side registers operators in the same namespace.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastbert, library) {
   library.def(
-      "lamb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, *, int step, "
-      "float lr, float beta1, float beta2, float eps, float weight_decay, bool bias_correction, bool grad_averaging, "
-      "bool always_adapt, float grad_scale) -> ()");
+      "lamb_(Tensor(a!)[] params, Tensor(b!)[] masters, Tensor[] grads, Tensor(c!)[] exp_avgs, "
+      "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] steps, Tensor[] lrs, Tensor settings, Tensor? grad_scale, "
+      "Tensor? found_inf, float max_grad_norm, Tensor(f!) totals, Tensor? workspace, int phases) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastbert, CPU, library) { library.impl("lamb_", TORCH_BOX(&lamb_)); }

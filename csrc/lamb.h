@@ -1,150 +1,420 @@
-// The LAMB step, per element and per chunk: the one place with its mathematics, compiled for the host and the device.
+// The LAMB step: its mathematics per element and its course over the tensors, once, compiled for the host and the
+// device. What differs between the two, how a block of threads loads, sums and synchronises, is in lamb.cu and
+// lamb_cpu.cpp.
 //
-// LAMB as apex's FusedLAMB states it (You et al., arXiv 1904.00962, algorithm 2), for one tensor at step t:
-//   g = grad / grad_scale
-//   m = beta1 m + beta3 g          u = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay p
-//   v = beta2 v + (1 - beta2) g^2  p = p - lr ratio u
-// ratio = |p| / |u| where both norms are non-zero, else 1; always 1 without adaptation.
+// LAMB as apex's FusedLAMB states it (You et al., arXiv 1904.00962, algorithm 2), for one tensor at step t, with G the
+// norm of all gradients of all groups, both divided by the loss scale s:
+//   g = grad / (s max(1, G / max_grad_norm))
+//   m = beta1 m + beta3 g          u = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w
+//   v = beta2 v + (1 - beta2) g^2  w = w - lr ratio u
+// ratio = |w| / |u| where both norms are non-zero, else 1; always 1 without adaptation. w is the parameter, or the
+// float32 master of a 16-bit one, which is written in the same pass. Where any gradient is not finite, or found_inf is
+// set, nothing is written at all.
 //
-// A tensor is cut into chunks. `lamb_moments` runs over one chunk with a team (a CUDA block, or a CPU thread, which is
-// a team of one) and leaves each member's own sums of p^2 and u^2; `lamb_apply` runs over the chunk again once the
-// ratio is known. u is computed twice rather than stored: arithmetic is free next to memory. The sums are double, so
-// the cutting does not show in the result and no square overflows. Both compilers are told not to fuse products with
-// sums: the moments of a CPU and of a GPU are the same bits.
+// The course. Tensors are cut into chunks; blocks claim them in order by tickets.
+//   norm     Sums of squares of the gradients, over kNormChunks chunks at a time, from the last chunk to the first, so
+//            that the first gradients are still in cache when they are read again. The block that arrives last adds the
+//            sums in their order.
+//   moments  Chunk by chunk: new m and v, sums of w^2 and u^2. Whoever arrives last at a tensor adds its sums.
+//   apply    w -= lr ratio u, by the block that did the moments, when it next looks and the ratio is there. It has kept
+//            u and w on chip if it had a slot free, else it reads m, v and w again and has the same bits.
+// A block waits in two places: before its first moments for the norm, and at its very end for the ratios. What it then
+// waits for is in the hands of blocks that already run and wait for nothing themselves, because the tickets are handed
+// out in order. So it ends with any number of blocks, running in any order or one after the other: no cooperative
+// launch, no barrier. The sums depend on the chunks alone: the result does not depend on which block did what.
+//
+// Both compilers are told not to fuse products with sums, so that the moments of a CPU and of a GPU are the same bits
+// (the norms are added in another order).
 #pragma once
 
 #include <cmath>
 #include <cstdint>
-#include <functional>
-#include <vector>
 
-// FASTBERT_INDEPENDENT stands before a loop whose iterations touch different memory: unroll it on the device, make it
-// vector code on the host.
 #ifdef __CUDACC__
 #define FASTBERT_HOST_DEVICE __host__ __device__ __forceinline__
-#define FASTBERT_INDEPENDENT _Pragma("unroll")
+#define FASTBERT_UNROLL _Pragma("unroll")
 #else
 #define FASTBERT_HOST_DEVICE inline __attribute__((always_inline))
-#define FASTBERT_INDEPENDENT _Pragma("GCC ivdep")
+#define FASTBERT_UNROLL
 #endif
 
 namespace fastbert {
 
-// Elements per chunk: the unit of work of a block or of a CPU thread, and the grain of the two-stage norms.
-constexpr int64_t kLambChunk = 32768;
+constexpr int kCudaChunk = 2048;  // elements: 8 for each of the 256 threads of a block
+constexpr int kCpuChunk = 16384;  // long enough for the processor to fetch ahead
+constexpr int kNormChunks = 16;   // chunks per ticket of the norm, of whose elements little more than 2 bytes are read
+constexpr int kSlots = 4;         // chunks whose u and w a block can keep, at most
+constexpr int kBatch = 440;       // tensors and groups of one launch: what 32,764 bytes of kernel arguments can name
+constexpr int kGroups = 64;
 
-inline int64_t lamb_chunks(int64_t numel) { return (numel + kLambChunk - 1) / kLambChunk; }
+enum LambType : uint8_t { kFloat, kHalf, kBFloat16 };
+enum LambPhase { kNorm = 1, kMoments = 2, kApply = 4 };
 
-// The scalars of one step, derived in double by `make_lamb_step` and rounded once.
-struct LambStep {
-  float beta1, beta2, beta3, gamma2;  // beta3: the weight of g in m; gamma2 = 1 - beta2
-  float inv_bias1, inv_bias2;         // 1 / (1 - beta^t), or 1 without bias correction
-  float eps, weight_decay, lr, inv_grad_scale;
-  bool adapt;  // whether the step is scaled by the trust ratio |p| / |u|
+// Contiguous, all of numel elements, none overlapping another.
+struct LambTensor {
+  void* weight;      // of weight_type: the parameter, or its float32 master
+  void* copy;        // of copy_type: the parameter of a master, else null
+  const void* grad;  // of grad_type
+  float *exp_avg, *exp_avg_sq;
+  float* step;  // steps that were made
+  int64_t numel;
+  int first_chunk;  // of the batch
+  uint8_t group;
+  uint8_t weight_type : 2, copy_type : 2, grad_type : 2, aligned : 1;  // aligned: all of them, to 16 bytes
 };
 
-// One tensor of the group: fp32, contiguous, all four of the same size and none overlapping another.
-struct LambTensor {
-  float* param;
-  const float* grad;
-  float* exp_avg;
-  float* exp_avg_sq;
-  int64_t numel;
+struct LambGroup {
+  double beta1, beta2;
+  const float* lr_pointer;  // null: lr
+  float lr, eps, weight_decay;
+  bool bias_correction, grad_averaging, adapt;  // adapt: whether the trust ratio applies
 };
 
 struct LambNorms {
-  double param, update;  // sums of squares
+  double weight, update;  // sums of squares
 };
 
-inline LambStep make_lamb_step(int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay,
-                               bool bias_correction, bool grad_averaging, bool always_adapt, double grad_scale) {
-  const double t = static_cast<double>(step);
-  LambStep s;
-  s.beta1 = static_cast<float>(beta1);
-  s.beta2 = static_cast<float>(beta2);
-  s.beta3 = static_cast<float>(grad_averaging ? 1.0 - beta1 : 1.0);
-  s.gamma2 = static_cast<float>(1.0 - beta2);
-  s.inv_bias1 = static_cast<float>(bias_correction ? 1.0 / (1.0 - std::pow(beta1, t)) : 1.0);
-  s.inv_bias2 = static_cast<float>(bias_correction ? 1.0 / (1.0 - std::pow(beta2, t)) : 1.0);
-  s.eps = static_cast<float>(eps);
-  s.weight_decay = static_cast<float>(weight_decay);
-  s.lr = static_cast<float>(lr);
-  s.inv_grad_scale = static_cast<float>(1.0 / grad_scale);
-  s.adapt = always_adapt || weight_decay != 0.0;
+// Memory of one step. Everything up to `bias` is zero before the norm begins.
+struct LambWork {
+  int* tickets;     // [3] norm, moments, apply
+  int* norm_state;  // [2] of the whole step: items that have arrived, whether the sum is there
+  int* arrived;     // [tensors] chunks whose moments have arrived
+  int* ready;       // [tensors] whether the ratio is there
+  float* bias;      // [tensors, 2] 1 / (1 - beta^t), or 1 without bias correction
+  int* next;        // [chunks] of a chunk without a slot, the one that its block put aside before it, or -1
+  LambNorms* sums;  // [chunks]
+  double* norm_sums;  // [items of the whole step]
+  double* total;      // of the whole step: the sum of squares of all gradients, times the square of the loss scale
+  LambNorms* totals;  // [tensors]
+};
+
+struct LambBatch {
+  LambTensor tensors[kBatch];
+  LambGroup groups[kGroups];
+  LambWork work;
+  int count, chunks;           // tensors and chunks here
+  int first_item, items;       // items of the norm before this batch, and in the whole step
+  int slots;                   // that a block has: 1 to kSlots
+  const float *grad_scale, *found_inf;  // null: 1 and 0
+  double max_grad_norm;                 // infinite: no clipping
+};
+
+// Chunks of a tensor; one at least, so that an empty one makes its steps too.
+FASTBERT_HOST_DEVICE int lamb_chunks(int64_t numel, int chunk) {
+  return numel <= chunk ? 1 : static_cast<int>((numel + chunk - 1) / chunk);
+}
+
+FASTBERT_HOST_DEVICE int lamb_items(int chunks) { return (chunks + kNormChunks - 1) / kNormChunks; }
+
+// ---------------------------------------------------------------- per element
+
+// What an element of one tensor needs to know; derived in double where it matters and rounded once.
+struct LambScalars {
+  float beta1, beta2, beta3, gamma2;  // beta3: the weight of g in m; gamma2 = 1 - beta2
+  float inv_bias1, inv_bias2, eps, weight_decay, inv_scale;
+};
+
+FASTBERT_HOST_DEVICE LambScalars lamb_scalars(const LambGroup& group, const float* bias, float inv_scale) {
+  LambScalars s;
+  s.beta1 = static_cast<float>(group.beta1);
+  s.beta2 = static_cast<float>(group.beta2);
+  s.beta3 = group.grad_averaging ? static_cast<float>(1.0 - group.beta1) : 1.0f;
+  s.gamma2 = static_cast<float>(1.0 - group.beta2);
+  s.inv_bias1 = bias[0];
+  s.inv_bias2 = bias[1];
+  s.eps = group.eps;
+  s.weight_decay = group.weight_decay;
+  s.inv_scale = inv_scale;
   return s;
 }
 
-FASTBERT_HOST_DEVICE float lamb_update(LambStep s, float p, float m, float v) {
-  return (m * s.inv_bias1) / (sqrtf(v * s.inv_bias2) + s.eps) + s.weight_decay * p;
+FASTBERT_HOST_DEVICE void lamb_moments(const LambScalars& s, float grad, float& m, float& v) {
+  const float g = grad * s.inv_scale;
+  m = s.beta1 * m + s.beta3 * g;
+  v = s.beta2 * v + s.gamma2 * (g * g);
 }
 
-FASTBERT_HOST_DEVICE double lamb_ratio(LambNorms sums) {
+FASTBERT_HOST_DEVICE float lamb_update(const LambScalars& s, float w, float m, float v) {
+  return (m * s.inv_bias1) / (sqrtf(v * s.inv_bias2) + s.eps) + s.weight_decay * w;
+}
+
+// ---------------------------------------------------------------- per tensor and per step
+
+FASTBERT_HOST_DEVICE float lamb_ratio(const LambGroup& group, LambNorms sums) {
   // Asked with ==, so that a NaN or infinite norm reaches every element instead of hiding behind ratio 1.
-  return sums.param == 0.0 || sums.update == 0.0 ? 1.0 : std::sqrt(sums.param) / std::sqrt(sums.update);
+  const bool one = !group.adapt || sums.weight == 0.0 || sums.update == 0.0;
+  return one ? 1.0f : static_cast<float>(sqrt(sums.weight) / sqrt(sums.update));
 }
 
-// Calls body(i, lane) once for every element i in [0, n) that falls to member `rank` of a team of `size`. The members
-// take neighbouring elements, so that a GPU's loads coalesce; each has LANES elements at a time, which are the lanes of
-// a CPU's vector or the loads that a GPU thread has in flight.
-template <int LANES, class Body>
-FASTBERT_HOST_DEVICE void for_each_element(int rank, int size, int64_t n, const Body& body) {
-  const int64_t stride = static_cast<int64_t>(LANES) * size;
-  int64_t base = 0;
-  for (; base + stride <= n; base += stride) {
-    FASTBERT_INDEPENDENT
-    for (int lane = 0; lane < LANES; ++lane) body(base + lane * size + rank, lane);
+// What the gradients are multiplied by; NaN where the step must not be made.
+FASTBERT_HOST_DEVICE float lamb_inv_scale(const LambBatch& batch) {
+  const double sum = *batch.work.total;
+  const bool stop = !(sum <= 1.7976931348623157e308) || (batch.found_inf != nullptr && *batch.found_inf != 0.0f);
+  const double scale = batch.grad_scale == nullptr ? 1.0 : static_cast<double>(*batch.grad_scale);
+  const double clip = sqrt(sum) / scale / batch.max_grad_norm;
+  return stop ? NAN : static_cast<float>(1.0 / (scale * (clip > 1.0 ? clip : 1.0)));
+}
+
+FASTBERT_HOST_DEVICE int lamb_tensor_of(const LambBatch& batch, int chunk) {
+  int low = 0, high = batch.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (batch.tensors[middle].first_chunk <= chunk ? low : high) = middle;
   }
-  for (int64_t i = base + rank; i < n; i += size) body(i, 0);
+  return low;
 }
 
-// First pass over n <= kLambChunk elements: the new moments, and this member's share of the sums of squares.
-template <int LANES>
-FASTBERT_HOST_DEVICE LambNorms lamb_moments(LambStep s, LambTensor t, int64_t start, int64_t n, int rank, int size) {
-  const float* __restrict__ p = t.param + start;
-  const float* __restrict__ g = t.grad + start;
-  float* __restrict__ m = t.exp_avg + start;
-  float* __restrict__ v = t.exp_avg_sq + start;
-  double param[LANES] = {}, update[LANES] = {};
-  for_each_element<LANES>(rank, size, n, [&](int64_t i, int lane) {
-    const float scaled = g[i] * s.inv_grad_scale;
-    const float new_m = s.beta1 * m[i] + s.beta3 * scaled;
-    const float new_v = s.beta2 * v[i] + s.gamma2 * (scaled * scaled);
-    const double u = lamb_update(s, p[i], new_m, new_v);
-    m[i] = new_m;
-    v[i] = new_v;
-    param[lane] += static_cast<double>(p[i]) * p[i];
-    update[lane] += u * u;
-  });
-  LambNorms sums = {0.0, 0.0};
-  for (int lane = 0; lane < LANES; ++lane) {
-    sums.param += param[lane];
-    sums.update += update[lane];
+FASTBERT_HOST_DEVICE int lamb_end(const LambBatch& batch, int tensor) {  // the chunk after its last
+  return tensor + 1 < batch.count ? batch.tensors[tensor + 1].first_chunk : batch.chunks;
+}
+
+// One chunk: elements start to start + n of a tensor.
+struct LambPart {
+  int64_t start;
+  int n;
+};
+
+template <int kElements>  // of a chunk
+FASTBERT_HOST_DEVICE LambPart lamb_part(const LambBatch& batch, int chunk, int tensor) {
+  const int64_t start = static_cast<int64_t>(chunk - batch.tensors[tensor].first_chunk) * kElements;
+  const int64_t left = batch.tensors[tensor].numel - start;
+  return {start, static_cast<int>(left < kElements ? left : kElements)};
+}
+
+FASTBERT_HOST_DEVICE float lamb_inv_bias(const LambGroup& group, double beta, double step) {
+  return group.bias_correction ? static_cast<float>(1.0 / (1.0 - pow(beta, step))) : 1.0f;
+}
+
+// ---------------------------------------------------------------- the course of a block
+//
+// A Block has threads, of which one is the leader(). All threads call its functions together, except where it says
+// leader. What the leader decides stands in plans, two by turns, so that one barrier between them is enough.
+//   leader(), rank(), size(), kChunk
+//   next()                  leader: the plan to write
+//   flip()                  makes it the plan to follow, and returns it
+//   claim(counter)          leader: the old value of a counter that is raised by one
+//   arrive(counter)         leader: the same, after everything that it wrote before is there for others
+//   ask(flags)              asks for the flags whose addresses are not null
+//   answer(asked)           leader: which of them are set, as bits; what was written before that is there
+//   is_set(flag), set(flag) leader: the same of one, at once; sets one, after everything that it wrote before
+//   relax()                 leader: before it looks again
+//   fresh(address)          a number that another block may have written just now
+//   sum(value)              for the leader, over the threads in a fixed order: LambNorms or double
+//   squares(batch, first, last)                the thread's share in the squares of these chunks' gradients
+//   moments(scalars, tensor, part, slot, at_once, lr)   the thread's share in the norms. u and w go to the slot unless
+//                                              it is -1; at_once: w -= lr u here and now
+//   apply_kept(tensor, part, slot, scale)      w -= scale u
+//   apply(scalars, tensor, part, scale)        the same from m, v and w
+
+struct LambWait {  // a chunk whose update waits for the ratio of its tensor, or -1
+  int chunk, tensor;
+};
+
+struct LambPlan {
+  int ticket;    // the chunk, or item of the norm, to do
+  int tensor;    // its tensor
+  int slot;      // where to keep u and w, or -1
+  int finished;  // the tensor whose sums are all there and are to be added by this block, or -1
+  bool leave;    // nothing is left after what this plan says
+  LambWait waits[kSlots + 1];  // what the slots hold, and the chunk put aside last
+  unsigned known;              // bits of `waits` whose scale, lr ratio, is known: to be applied now
+  float scales[kSlots + 1];
+};
+
+template <class Block>
+FASTBERT_HOST_DEVICE void lamb_norm(Block& block, const LambBatch& batch) {
+  const LambWork& work = batch.work;
+  const int items = lamb_items(batch.chunks);
+  if (block.leader()) {
+    block.next().ticket = block.claim(work.tickets);
+    block.next().finished = -1;
   }
-  return sums;
+  for (;;) {
+    const LambPlan& now = block.flip();
+    if (now.finished >= 0) {
+      double share = 0.0;
+      for (int i = block.rank(); i < batch.items; i += block.size()) share += block.fresh(work.norm_sums + i);
+      const double total = block.sum(share);
+      if (block.leader()) {
+        *work.total = total;
+        block.set(work.norm_state + 1);
+      }
+    }
+    if (now.ticket >= items) return;
+    int claimed = 0;
+    if (block.leader()) claimed = block.claim(work.tickets);
+    // The bias corrections are shared out in passing, two per tensor, whatever chunks a thread has.
+    const int per_item = (2 * batch.count + items - 1) / items;
+    for (int i = now.ticket * per_item + block.rank(); i < (now.ticket + 1) * per_item; i += block.size()) {
+      if (i >= 2 * batch.count) break;
+      const LambGroup& group = batch.groups[batch.tensors[i / 2].group];
+      work.bias[i] = lamb_inv_bias(group, i % 2 ? group.beta2 : group.beta1, *batch.tensors[i / 2].step + 1.0);
+    }
+    const int item = items - 1 - now.ticket;
+    const int first = item * kNormChunks;
+    const int last = first + kNormChunks < batch.chunks ? first + kNormChunks : batch.chunks;
+    const double sum = block.sum(block.squares(batch, first, last));
+    if (!block.leader()) continue;
+    work.norm_sums[batch.first_item + item] = sum;
+    block.next().ticket = claimed;
+    block.next().finished = block.arrive(work.norm_state) == batch.items - 1 ? 0 : -1;
+  }
 }
 
-// Second pass: p -= lr ratio u, from the new moments.
-template <int LANES>
-FASTBERT_HOST_DEVICE void lamb_apply(LambStep s, LambTensor t, float ratio, int64_t start, int64_t n, int rank,
-                                     int size) {
-  float* __restrict__ p = t.param + start;
-  const float* __restrict__ m = t.exp_avg + start;
-  const float* __restrict__ v = t.exp_avg_sq + start;
-  const float scale = s.lr * ratio;
-  for_each_element<LANES>(rank, size, n, [&](int64_t i, int) { p[i] -= scale * lamb_update(s, p[i], m[i], v[i]); });
+FASTBERT_HOST_DEVICE float lamb_lr(const LambGroup& group) {
+  return group.lr_pointer == nullptr ? group.lr : *group.lr_pointer;
 }
 
-// Launchers. `group` holds no empty tensors.
+// Leader: lr ratio, where the totals of the tensor are there.
+template <class Block>
+FASTBERT_HOST_DEVICE float lamb_scale(Block& block, const LambBatch& batch, int tensor) {
+  const LambNorms* total = batch.work.totals + tensor;
+  const LambGroup& group = batch.groups[batch.tensors[tensor].group];
+  return lamb_lr(group) * lamb_ratio(group, {block.fresh(&total->weight), block.fresh(&total->update)});
+}
 
-// Runs body(begin, end) over parts of [0, count), possibly in parallel; returns when all are done.
-using Range = std::function<void(int64_t begin, int64_t end)>;
-using ParallelFor = std::function<void(int64_t count, const Range& body)>;
+template <class Block>
+FASTBERT_HOST_DEVICE void lamb_finish(Block& block, const LambBatch& batch, int tensor) {
+  const LambWork& work = batch.work;
+  LambNorms share = {0.0, 0.0};
+  const int end = lamb_end(batch, tensor);
+  for (int i = batch.tensors[tensor].first_chunk + block.rank(); i < end; i += block.size()) {
+    share.weight += block.fresh(&work.sums[i].weight);
+    share.update += block.fresh(&work.sums[i].update);
+  }
+  const LambNorms total = block.sum(share);
+  if (block.leader()) {
+    work.totals[tensor] = total;
+    *batch.tensors[tensor].step += 1.0f;
+    block.set(work.ready + tensor);
+  }
+}
 
-void lamb_cpu(const LambStep& step, const std::vector<LambTensor>& group, const ParallelFor& parallel_for);
+// Leader: the plan after `now`, whose chunk, if `keeps`, waits from here on. `ready` are the bits of the flags.
+template <class Block>
+FASTBERT_HOST_DEVICE void lamb_plan(Block& block, const LambBatch& batch, const LambPlan& now, bool keeps,
+                                    unsigned ready, int ticket) {
+  LambPlan& then = block.next();
+  then.finished = -1;
+  then.known = ready;
+  then.slot = -1;
+  int waiting = 0;
+  FASTBERT_UNROLL
+  for (int i = kSlots; i >= 0; --i) {
+    LambWait wait = now.waits[i];
+    if (now.known >> i & 1) wait = {i == kSlots ? batch.work.next[wait.chunk] : -1, -1};
+    if (keeps && i == now.slot) wait = {now.ticket, now.tensor};
+    if (i == kSlots && keeps && now.slot < 0) {
+      batch.work.next[now.ticket] = wait.chunk;
+      wait = {now.ticket, now.tensor};
+      then.known &= ~(1u << i);  // that was said of the one put aside before
+    } else if (i == kSlots && now.known >> i & 1 && wait.chunk >= 0) {
+      wait.tensor = lamb_tensor_of(batch, wait.chunk);
+    }
+    then.waits[i] = wait;
+    const bool is_known = then.known >> i & 1;
+    if (is_known) then.scales[i] = lamb_scale(block, batch, wait.tensor);
+    if (i < batch.slots && (is_known || wait.chunk < 0)) then.slot = i;
+    const bool others = i == kSlots && is_known && batch.work.next[wait.chunk] >= 0;
+    waiting += (wait.chunk >= 0 && !is_known) || others;
+  }
+  then.ticket = ticket;
+  then.leave = ticket >= batch.chunks && waiting == 0;
+  if (ticket < batch.chunks) then.tensor = lamb_tensor_of(batch, ticket);
+}
 
-// Launches on `stream` (a cudaStream_t) of `device`, which must be current, and returns at once: nullptr, or what CUDA
-// says is wrong. `sums` is scratch memory on the device, one entry per chunk of the group.
-const char* lamb_cuda(const LambStep& step, const std::vector<LambTensor>& group, LambNorms* sums, int device,
-                      void* stream);
+template <class Block>
+FASTBERT_HOST_DEVICE void lamb_step(Block& block, const LambBatch& batch, int phases) {
+  const LambWork& work = batch.work;
+  if (block.leader()) {
+    while (phases & kNorm && !block.is_set(work.norm_state + 1)) block.relax();
+    LambPlan& first = block.next();
+    FASTBERT_UNROLL
+    for (int i = 0; i <= kSlots; ++i) first.waits[i] = {-1, -1};
+    first.ticket = block.claim(work.tickets + 1);
+    first.tensor = first.ticket < batch.chunks ? lamb_tensor_of(batch, first.ticket) : -1;
+    first.slot = 0;
+    first.finished = -1;
+    first.known = 0;
+    first.leave = first.ticket >= batch.chunks;
+  }
+  const LambPlan* plan = &block.flip();
+  const float inv_scale = lamb_inv_scale(batch);
+  if (std::isnan(inv_scale)) return;
+  for (;; plan = &block.flip()) {
+    const LambPlan& now = *plan;
+    if (now.finished >= 0) lamb_finish(block, batch, now.finished);
+    FASTBERT_UNROLL
+    for (int i = 0; i < kSlots; ++i) {
+      if (!(now.known >> i & 1)) continue;
+      const LambWait wait = now.waits[i];
+      block.apply_kept(batch.tensors[wait.tensor], lamb_part<Block::kChunk>(batch, wait.chunk, wait.tensor), i, now.scales[i]);
+    }
+    if (now.known >> kSlots & 1) {
+      const LambWait wait = now.waits[kSlots];
+      const LambTensor& tensor = batch.tensors[wait.tensor];
+      const LambScalars s = lamb_scalars(batch.groups[tensor.group], work.bias + 2 * wait.tensor, inv_scale);
+      block.apply(s, tensor, lamb_part<Block::kChunk>(batch, wait.chunk, wait.tensor), now.scales[kSlots]);
+    }
+    if (now.leave) return;
+    const int* flags[kSlots + 1];
+    FASTBERT_UNROLL
+    for (int i = 0; i <= kSlots; ++i) {
+      const bool asks = now.waits[i].chunk >= 0 && !(now.known >> i & 1);
+      flags[i] = asks ? work.ready + now.waits[i].tensor : nullptr;
+    }
+    const unsigned asked = block.ask(flags);  // and looked at after the moments, so that nobody waits for it
+    if (now.ticket >= batch.chunks) {
+      const unsigned ready = block.answer(asked);
+      if (!block.leader()) continue;
+      if (!ready) block.relax();
+      lamb_plan(block, batch, now, false, ready, now.ticket);
+      continue;
+    }
+    int claimed = 0;
+    if (block.leader()) claimed = block.claim(work.tickets + 1);
+    const LambTensor& tensor = batch.tensors[now.tensor];
+    const LambGroup& group = batch.groups[tensor.group];
+    const LambPart part = lamb_part<Block::kChunk>(batch, now.ticket, now.tensor);
+    const LambScalars s = lamb_scalars(group, work.bias + 2 * now.tensor, inv_scale);
+    const bool keeps = phases & kApply && group.adapt;
+    const bool at_once = phases & kApply && !group.adapt;
+    const LambNorms norms =
+        block.sum(block.moments(s, tensor, part, keeps ? now.slot : -1, at_once, lamb_lr(group)));
+    const unsigned ready = block.answer(asked);
+    if (!block.leader()) continue;
+    lamb_plan(block, batch, now, keeps, ready, claimed);
+    work.sums[now.ticket] = norms;
+    const int chunks = lamb_end(batch, now.tensor) - tensor.first_chunk;
+    if (block.arrive(work.arrived + now.tensor) == chunks - 1) block.next().finished = now.tensor;
+  }
+}
+
+// The last phase alone, from totals that others have completed.
+template <class Block>
+FASTBERT_HOST_DEVICE void lamb_apply(Block& block, const LambBatch& batch) {
+  const float inv_scale = lamb_inv_scale(batch);
+  if (std::isnan(inv_scale)) return;
+  for (;;) {
+    if (block.leader()) {
+      LambPlan& plan = block.next();
+      plan.ticket = block.claim(batch.work.tickets + 2);
+      plan.tensor = plan.ticket < batch.chunks ? lamb_tensor_of(batch, plan.ticket) : -1;
+      if (plan.tensor >= 0) plan.scales[0] = lamb_scale(block, batch, plan.tensor);
+    }
+    const LambPlan& now = block.flip();
+    if (now.ticket >= batch.chunks) return;
+    const LambTensor& tensor = batch.tensors[now.tensor];
+    const LambScalars s = lamb_scalars(batch.groups[tensor.group], batch.work.bias + 2 * now.tensor, inv_scale);
+    block.apply(s, tensor, lamb_part<Block::kChunk>(batch, now.ticket, now.tensor), now.scales[0]);
+  }
+}
+
+template <class Block>
+FASTBERT_HOST_DEVICE void lamb_run(Block& block, const LambBatch& batch, int phases) {
+  if (phases & kNorm) lamb_norm(block, batch);
+  if (phases & kMoments) lamb_step(block, batch, phases);
+  else if (phases & kApply) lamb_apply(block, batch);
+}
 
 }  // namespace fastbert
