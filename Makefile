@@ -8,7 +8,7 @@ VENV ?= .venv
 ARGS ?=
 
 PIP = $(VENV)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt
-SOURCES = pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+SOURCES = pyproject.toml setup.py fastbert/extension.py constraints.txt $(wildcard csrc/*)
 
 .PHONY: demo test bench gpu lint clean
 

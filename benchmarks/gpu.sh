@@ -26,7 +26,7 @@ torch=$("$PYTHON" -c 'import sys, torch; print(sys.executable, torch.__version__
     echo "$PYTHON cannot import torch: set PYTHON to the interpreter that has it, as in make gpu PYTHON=/path/to/python" >&2
     exit 2
 }
-if [ "$(cat "$stamp" 2>/dev/null)" != "$torch" ] || [ -n "$(find csrc setup.py pyproject.toml -newer "$stamp")" ] ||
+if [ "$(cat "$stamp" 2>/dev/null)" != "$torch" ] || [ -n "$(find csrc fastbert/extension.py setup.py pyproject.toml -newer "$stamp")" ] ||
     ! ls fastbert/_C*.so >/dev/null 2>&1; then
     echo "installing into $("$PYTHON" -c 'import sys; print(sys.prefix)') and compiling: some minutes with nvcc"
     mkdir -p build

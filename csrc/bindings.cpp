@@ -2,7 +2,10 @@
 // hands raw pointers to the launchers.
 //
 // Nothing but PyTorch's stable ABI (from 2.10) and Python's limited API is used, so one build serves later versions.
-#include <Python.h>
+#if __has_include(<Python.h>)
+#include <Python.h>  // for the module below; torch.ops.load_library, which loads a build at first use, needs none
+#define FASTBERT_MODULE
+#endif
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -267,9 +270,11 @@ STABLE_TORCH_LIBRARY_IMPL(fastbert, CPU, library) { library.impl("lamb_", TORCH_
 STABLE_TORCH_LIBRARY_IMPL(fastbert, CUDA, library) { library.impl("lamb_", TORCH_BOX(&lamb_)); }
 #endif
 
+#ifdef FASTBERT_MODULE
 // `import fastbert._C` loads this library, which registers the operators above; the module itself is empty.
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Compiled operators of fastbert: torch.ops.fastbert.lamb_",
                                -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }
+#endif

@@ -110,14 +110,13 @@ FASTBERT_HOST_DEVICE int lamb_items(int chunks) { return (chunks + kNormChunks -
 
 // What an element of one tensor needs to know; derived in double where it matters and rounded once.
 struct LambScalars {
-  float beta1, beta2, beta3, gamma2;  // beta3: the weight of g in m; gamma2 = 1 - beta2
+  float gamma1, beta3, gamma2;  // 1 - beta1, the weight of g in m, 1 - beta2
   float inv_bias1, inv_bias2, eps, weight_decay, inv_scale;
 };
 
 FASTBERT_HOST_DEVICE LambScalars lamb_scalars(const LambGroup& group, const float* bias, float inv_scale) {
   LambScalars s;
-  s.beta1 = static_cast<float>(group.beta1);
-  s.beta2 = static_cast<float>(group.beta2);
+  s.gamma1 = static_cast<float>(1.0 - group.beta1);
   s.beta3 = group.grad_averaging ? static_cast<float>(1.0 - group.beta1) : 1.0f;
   s.gamma2 = static_cast<float>(1.0 - group.beta2);
   s.inv_bias1 = bias[0];
@@ -129,9 +128,10 @@ FASTBERT_HOST_DEVICE LambScalars lamb_scalars(const LambGroup& group, const floa
 }
 
 FASTBERT_HOST_DEVICE void lamb_moments(const LambScalars& s, float grad, float& m, float& v) {
+  // From m and v, not from beta m and beta v: 0.999 in float would make v 1.3e-5 too large in the long run.
   const float g = grad * s.inv_scale;
-  m = s.beta1 * m + s.beta3 * g;
-  v = s.beta2 * v + s.gamma2 * (g * g);
+  m += s.beta3 * g - s.gamma1 * m;
+  v += s.gamma2 * (g * g - v);
 }
 
 FASTBERT_HOST_DEVICE float lamb_update(const LambScalars& s, float w, float m, float v) {

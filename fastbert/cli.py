@@ -16,7 +16,7 @@ from unittest import mock
 
 import yaml
 
-from fastbert import backend
+from fastbert import backend, extension
 from fastbert.errors import ConfigError, FastBertError
 from fastbert.train.config import PrepareConfig, PretrainConfig, default_of, grouped_fields, nearest, scalar_type
 
@@ -169,6 +169,9 @@ def _prepare(options: argparse.Namespace, _argv: list[str]) -> int:
     return 0
 
 
+_AT_FIRST_USE = "it is compiled at first use (FASTBERT_BUILD=0 forbids it)"
+
+
 def _info(_options: argparse.Namespace, _argv: list[str]) -> int:
     import torch
 
@@ -176,14 +179,14 @@ def _info(_options: argparse.Namespace, _argv: list[str]) -> int:
     from fastbert.train.world import resolve_device
 
     device = resolve_device("auto")
-    extension, triton = find_spec("fastbert._C"), find_spec("triton")
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
     print(f"device: {device_name(device)}; GPUs: {torch.cuda.device_count()}; CPU threads: {torch.get_num_threads()}")
-    print(f"extension: {extension.origin if extension else 'not built (pip install --no-build-isolation .)'}")
-    print(f"triton: {'installed' if triton else 'not installed'}")
+    print(f"extension: {extension.where() or f'not built; {extension.obstacle() or _AT_FIRST_USE}'}")
+    print(f"triton: {'installed' if find_spec('triton') else 'not installed'}")
     print(f"{backend.VARIABLE}: {os.environ.get(backend.VARIABLE) or 'not set'}\n")
     for name, call in _tiny_calls(device).items():
-        chosen, reasons = _choice(name, call)
+        with mock.patch.dict(os.environ, FASTBERT_BUILD="0"):
+            chosen, reasons = _choice(name, call)
         print(f"{name:<24} {chosen:<10} {'; '.join(f'not {other}: {why}' for other, why in reasons.items())}")
     return 0
 
@@ -212,7 +215,8 @@ def _tiny_calls(device) -> dict[str, Callable]:
 
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     q, x, w = (torch.ones(shape, device=device, dtype=dtype) for shape in ((1, 16, 1, 64), (16, 64), (64,)))
-    ids, master = torch.zeros(16, dtype=torch.int64, device=device), [torch.ones(64, device=device)]
+    ids = torch.zeros(16, dtype=torch.int64, device=device)
+    lists = {name: [torch.ones(64, device=device)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
     return {
         "attention": lambda: ops.attention(q, q, q),
         "rotary_attention": lambda: ops.rotary_attention(q, q, q),
@@ -221,5 +225,5 @@ def _tiny_calls(device) -> dict[str, Callable]:
         "bias_gelu": lambda: ops.bias_gelu(x, w),
         "embedding_layer_norm": lambda: ops.embedding_layer_norm(ids, x, w, w),
         "linear_cross_entropy": lambda: ops.linear_cross_entropy(x, x, x[:, 0], ids),
-        "lamb": lambda: ops.lamb(*([t.clone() for t in master] for _ in range(4)), step=1, lr=0.0),
+        "lamb": lambda: ops.lamb([ops.LambGroup(**lists, steps=[torch.ones(1, device=device)], lr=0.0)]),
     }

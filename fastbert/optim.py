@@ -1,12 +1,16 @@
-"""Parameter groups and learning-rate schedules."""
+"""The LAMB optimizer, parameter groups and learning-rate schedules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from fastbert.errors import ConfigError
+from fastbert.errors import CheckpointError, ConfigError, DtypeError
+from fastbert.ops.lamb import LambGroup, check_settings, lamb
 
 SCHEDULES = ("linear", "poly", "nezha", "constant")
+OPTIMIZERS = ("adamw", "lamb")
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
@@ -60,3 +64,199 @@ def schedule(name: str, *, steps: int, warmup: float = 0, degree: float = 0.5) -
         return left**degree if name == "poly" else left / (1 - rise / steps)
 
     return factor
+
+
+class FusedLAMB(Optimizer):
+    """LAMB (You et al. 2019, arXiv 1904.00962, algorithm 2, as apex's FusedLAMB computes it) for fp32, fp16 and bf16
+    parameters, all groups in one launch. Formulas: fastbert.reference.lamb.
+
+    params: as for any torch.optim.Optimizer; `param_groups` makes the groups of BERT. Every setting but max_grad_norm
+    can differ between groups. lr: a number, or a float32 tensor of one element.
+    max_grad_norm: where the norm of all gradients of all groups is larger, they are scaled down to it; None: never.
+    always_adapt: scale the step of tensors without weight decay by |p| / |u| too (NVLAMB).
+    master_weights: "auto" keeps fp32 weights of fp16 and bf16 parameters, and each step writes both; False rounds the
+    weights themselves, and steps smaller than half their spacing are lost. Moments are fp32 in either case.
+    capturable: keep lr in a tensor on the device, so that a step captured in a CUDA graph follows the schedule. All
+    else is on the device anyway and never waited for.
+    backend: which twin of fastbert.ops.lamb runs; None: the first that can.
+
+    A step in which any gradient is not finite changes nothing and is not counted. torch.amp.GradScaler drives it
+    without synchronisation: scaler.step(optimizer) straight after backward(), for unscaling and clipping are done here.
+    `grad_norm` holds the last norm of all gradients, before clipping, float64 on their device.
+    DTensor parameters (FSDP2) are taken: norms are those of whole tensors.
+
+    state_dict: step, exp_avg, exp_avg_sq and for a master `master` of each parameter. It can be loaded on any device;
+    into parameters of another dtype, where fp32 parameters take the values of the masters; and from torch's Adam and
+    AdamW. Load the model's weights first.
+    Raises ConfigError, DtypeError, CheckpointError and what fastbert.ops.lamb raises.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf as tensors
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        bias_correction: bool = True,
+        grad_averaging: bool = True,
+        max_grad_norm: float | None = 1.0,
+        always_adapt: bool = False,
+        master_weights: str | bool = "auto",
+        capturable: bool = False,
+        backend: str | None = None,
+    ):
+        if master_weights not in ("auto", False):
+            raise ConfigError(f"master_weights is {master_weights!r}, expected 'auto' or False")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ConfigError(f"max_grad_norm is {max_grad_norm!r}, expected None or more than 0")
+        self.master_weights, self.capturable, self.backend = master_weights, capturable, backend
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm: Tensor | None = None
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        flags = {"bias_correction": bias_correction, "grad_averaging": grad_averaging, "always_adapt": always_adapt}
+        super().__init__(params, settings | flags)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As torch.optim.Optimizer.add_param_group; ConfigError or DtypeError for what it cannot take."""
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._place_lr(self.param_groups[-1])
+
+    def __getstate__(self) -> dict:
+        own = ("master_weights", "capturable", "backend", "max_grad_norm", "grad_norm")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step, or none if a gradient is not finite. Returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.grad_norm = lamb(
+            list(self._lamb_groups()),
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+            max_grad_norm=self.max_grad_norm,
+            backend=self.backend,
+        )
+        return loss
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restores the state, moments and masters in full precision whatever the dtype of the parameters."""
+        super().load_state_dict(state_dict)  # this casts moments to the dtype of the parameters: they are taken anew
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(saved, parameters, strict=True):
+            if index in state_dict["state"]:
+                self.state[p] = self._restored(p, state_dict["state"][index])
+        for group in self.param_groups:
+            self._place_lr(group)
+
+    def _lamb_groups(self) -> Iterator[LambGroup]:
+        for group in self.param_groups:
+            sharded: dict[tuple, dict[str, list[Tensor]]] = {}
+            for i, p in enumerate(group["params"]):
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
+                    raise DtypeError(f"the gradient of {_name(group, i)} is sparse, expected a dense one")
+                state = self._state_of(p)
+                row = {
+                    "params": p,
+                    "grads": p.grad if p.grad.stride() == p.stride() else p.grad.contiguous(),
+                    "exp_avgs": state["exp_avg"],
+                    "exp_avg_sqs": state["exp_avg_sq"],
+                    "steps": state["step"],
+                    "masters": state.get("master", p),
+                }
+                lists = sharded.setdefault(_shards(p), {key: [] for key in row})
+                for key, t in row.items():
+                    lists[key].append(_local(t))
+            settings = {key: value for key, value in group.items() if key in LambGroup.__dataclass_fields__}
+            for shards, lists in sharded.items():
+                yield LambGroup(**settings | lists, shards=shards)
+
+    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
+        state = self.state[p]
+        if not state:
+            wide = torch.promote_types(p.dtype, torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"] = torch.zeros_like(p, dtype=wide)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=wide)
+            if self._has_master(p):
+                state["master"] = p.detach().to(wide, copy=True)
+        return state
+
+    def _restored(self, p: Tensor, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        if missing := {"step", "exp_avg", "exp_avg_sq"} - saved.keys():
+            raise CheckpointError(f"state_dict: {min(missing)!r} of a parameter is missing, got {sorted(saved)}")
+        wide = torch.promote_types(p.dtype, torch.float32)
+        names = [name for name in ("exp_avg", "exp_avg_sq", "master") if name in saved]
+        state = {name: saved[name].detach().to(p.device, wide, copy=True) for name in names}
+        for name, t in state.items():
+            if t.shape != p.shape:
+                raise CheckpointError(f"state_dict: {name} has shape {tuple(t.shape)}, expected {tuple(p.shape)}")
+        step = torch.as_tensor(saved["step"], dtype=torch.float32).detach()
+        state["step"] = step.to(p.device, copy=True).reshape(())
+        if not self._has_master(p) and "master" in state:
+            master = state.pop("master")
+            if p.dtype == wide:
+                with torch.no_grad():
+                    p.copy_(master)
+        elif self._has_master(p) and "master" not in state:
+            state["master"] = p.detach().to(wide, copy=True)
+        return state
+
+    def _has_master(self, p: Tensor) -> bool:
+        return self.master_weights == "auto" and p.dtype in (torch.float16, torch.bfloat16)
+
+    def _place_lr(self, group: dict) -> None:
+        device = group["params"][0].device if group["params"] else None
+        if isinstance(group["lr"], Tensor):
+            if group["lr"].device.type != "cpu":
+                group["lr"] = group["lr"].to(device)
+        elif self.capturable:
+            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
+
+    def _check_group(self, group: dict) -> None:
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and (lr.numel() != 1 or lr.dtype != torch.float32):
+            raise ConfigError(f"lr is a {lr.dtype} tensor of shape {tuple(lr.shape)}, expected one float32")
+        if not isinstance(lr, Tensor) and not lr >= 0:
+            raise ConfigError(f"lr is {lr!r}, expected at least 0")
+        check_settings(group["betas"], group["eps"], group["weight_decay"])
+        every = [p for each in self.param_groups for p in each["params"]]
+        if len(devices := dict.fromkeys(p.device for p in every)) > 1:
+            names = ", ".join(map(str, devices))
+            raise ConfigError(
+                f"the parameters are on several devices ({names}), expected one: make an optimizer of each"
+            )
+        for i, p in enumerate(group["params"]):
+            if not p.is_floating_point():
+                raise DtypeError(f"{_name(group, i)} is {p.dtype}, expected a floating dtype")
+
+
+def _name(group: dict, index: int) -> str:
+    if "param_names" in group:
+        return group["param_names"][index]
+    return f"parameter {index} of a group, of shape {tuple(group['params'][index].shape)},"
+
+
+def _local(t: Tensor) -> Tensor:
+    """This process's part of a DTensor; other tensors as they are."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def _shards(p: Tensor) -> tuple:
+    """The process groups over which a DTensor is sharded."""
+    if not hasattr(p, "to_local"):
+        return ()
+    return tuple(p.device_mesh.get_group(dim) for dim, placement in enumerate(p.placements) if placement.is_shard())

@@ -318,6 +318,17 @@ def dropout(x: Tensor, p: float, seed: int | None) -> Tensor:
 # ---------------------------------------------------------------- optimizer
 
 
+def lamb_scale(grads: Sequence[Tensor], grad_scale: float, max_grad_norm: float | None) -> tuple[float, Tensor]:
+    """What every gradient of a LAMB step is divided by, and G = |all gradients of all groups| / grad_scale, in float64.
+
+    The divisor is grad_scale max(1, G / max_grad_norm): gradients are never scaled up. Where G is not finite, the step
+    is not made: parameters, moments and the count of steps stay as they are.
+    """
+    norm = torch.stack([g.double().norm() for g in grads]).norm() / grad_scale
+    clip = 1.0 if max_grad_norm is None else max(1.0, norm.item() / max_grad_norm)
+    return grad_scale * clip, norm
+
+
 def lamb(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -337,37 +348,71 @@ def lamb(
     """One LAMB step of one parameter group: the new params, exp_avgs (m) and exp_avg_sqs (v). `step` counts from 1.
 
     You et al., Large Batch Optimization for Deep Learning (2019), arXiv 1904.00962, algorithm 2, with phi the identity,
-    in the form of apex's FusedLAMB. For every tensor, at step t and with g = grad / grad_scale, where the caller folds
-    the loss scale and the clipping by the global norm into grad_scale:
+    in the form of apex's FusedLAMB. For every tensor, at step t and with g = grad / grad_scale, where grad_scale is the
+    divisor of lamb_scale:
 
         m = b1 m + (1 - b1) g        u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p
         v = b2 v + (1 - b2) g^2      p = p - lr ratio u
 
     ratio = |p| / |u| where both are non-zero and (weight_decay != 0 or always_adapt), else 1. Without grad_averaging g
-    enters m with weight 1; without bias_correction both (1 - b^t) are 1. How others differ:
-
-        implementation       clipping       bias correction       eps              ratio
-        apex, NVIDIA BERT    global, to 1   yes                   outside root     as above (NVLAMB: always_adapt)
-        timm                 global, to 1   yes                   outside root     as above, or also clipped to 1
-        ALBERT (TensorFlow)  global, to 1   no                    outside root     as above
-        TensorFlow Addons    none           yes                   outside root     as above
-        NEZHA (TensorFlow)   global, to 1   yes                   inside for |u|   always, in [0, 10]
-        DeepSpeed            by the caller  in lr only, not in u  outside root     always, in [0.01, 10]
-        torch_optimizer      none           off, or in lr only    outside root     always, with |p| at most 10
+    enters m with weight 1; without bias_correction both (1 - b^t) are 1. Of 16-bit parameters, p is the float32 master.
+    What others do is in lamb_of.
     """
     b1, b2 = betas
     b3 = 1 - b1 if grad_averaging else 1.0
     correction1, correction2 = (1 - b1**step, 1 - b2**step) if bias_correction else (1.0, 1.0)
     results = []
     for p, grad, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        g = grad.to(p.dtype) / grad_scale
+        g = grad.to(m.dtype) / grad_scale
         m = b1 * m + b3 * g
         v = b2 * v + (1 - b2) * g**2
         u = (m / correction1) / ((v / correction2).sqrt() + eps) + weight_decay * p
-        p_norm, u_norm = p.norm(), u.norm()
+        p_norm, u_norm = p.to(m.dtype).norm(), u.norm()
         ratio = torch.where((p_norm == 0) | (u_norm == 0), 1.0, p_norm / u_norm)
         if weight_decay == 0 and not always_adapt:
             ratio = 1.0
         results.append((p - lr * ratio * u, m, v))
     params, exp_avgs, exp_avg_sqs = ([result[i] for result in results] for i in range(3))
     return params, exp_avgs, exp_avg_sqs
+
+
+LAMBS = ("apex", "nvlamb", "timm-trust-clip", "albert", "nezha", "deepspeed", "torch-optimizer")
+
+
+def lamb_of(
+    implementation: str, p: Tensor, g: Tensor, m: Tensor, v: Tensor, *, step, lr, betas, eps, weight_decay, exempt=False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The step of one tensor as other implementations make it (LAMBS), to say in what they differ; g is unscaled.
+
+        implementation       clipping       bias correction       eps                ratio
+        apex                 global, to 1   yes                   outside the root   |p| / |u|; exempt tensors 1
+        nvlamb               global, to 1   yes                   outside            |p| / |u| for all
+        timm-trust-clip      global, to 1   yes                   outside            as apex, at most 1
+        albert (TensorFlow)  global, to 1   no                    outside            as apex
+        nezha (TensorFlow)   global, to 1   yes                   inside for |u|     for all, in [0, 10]
+        deepspeed            by the caller  in lr only, not in u  outside            for all, in [0.01, 10]
+        torch-optimizer      none           no                    outside            for all, with |p| at most 10
+
+    exempt: a tensor without decay. Its u has no weight_decay p, but nezha's |u| has, and asks |g| for zero, not |u|.
+    apex, timm, albert and TensorFlow Addons (no clipping, else as apex) agree with `lamb`. Clipping is the caller's.
+    """
+    b1, b2 = betas
+    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+    folded = implementation in ("albert", "deepspeed", "torch-optimizer")  # no correction in u
+    m_hat, v_hat = (m, v) if folded else (m / (1 - b1**step), v / (1 - b2**step))
+    u = m_hat / (v_hat.sqrt() + eps) + (0.0 if exempt else weight_decay) * p
+    p_norm, u_norm, zero_norm = p.norm(), u.norm(), u.norm()
+    if implementation == "nezha":
+        u_norm, zero_norm = (m_hat / (v_hat + eps).sqrt() + weight_decay * p).norm(), g.norm()
+    if implementation == "torch-optimizer":
+        p_norm = p_norm.clamp(max=10)
+    ratio = torch.where((p_norm == 0) | (zero_norm == 0), 1.0, p_norm / u_norm)
+    if implementation in ("apex", "timm-trust-clip", "albert") and exempt:
+        ratio = torch.ones_like(ratio)
+    if implementation == "timm-trust-clip":
+        ratio = ratio.clamp(max=1)
+    if implementation in ("nezha", "deepspeed"):
+        ratio = ratio.clamp(min=0.01 if implementation == "deepspeed" else 0, max=10)
+    if implementation == "deepspeed":
+        lr = lr * (1 - b2**step) ** 0.5 / (1 - b1**step)
+    return p - lr * ratio * u, m, v

@@ -29,7 +29,8 @@ LAYERS = {
     "tiled": "philox",
     "kernels": "",
     "backend": "",
-    "ops": "backend reference portable kernels _C philox",
+    "extension": "",
+    "ops": "backend extension reference portable kernels philox",
     "config": "",
     "packing": "",
     "checkpoint": "config",
@@ -40,7 +41,7 @@ LAYERS = {
     "train": f"{BELOW_TRAIN} __init__",
     "hf": f"{BELOW_TRAIN} __init__",
     "benchmarks": f"{BELOW_TRAIN} __init__ reference kernels _C testing",
-    "cli": f"{BELOW_TRAIN} __init__ train hf benchmarks",
+    "cli": f"{BELOW_TRAIN} __init__ train hf benchmarks extension",
     "__main__": "cli",
     "testing": "",
     "__init__": f"{BELOW_TRAIN} reference portable",
@@ -98,9 +99,9 @@ def test_layers_import_only_what_lies_below_them(path):
             assert top in outside, f"{own} may not import {module}"
 
 
-def test_kernels_and_benchmarks_are_linked_folders():
+def test_kernels_benchmarks_and_csrc_are_linked_folders():
     assert not (ROOT / "kernels" / "__init__.py").exists(), "`import kernels` must never shadow a package of that name"
-    for name in LINKED:
+    for name in (*LINKED, "csrc"):
         assert os.readlink(ROOT / "fastbert" / name) == f"../{name}"
 
 

@@ -18,6 +18,8 @@ LINKED = ("fastbert/kernels", "fastbert/benchmarks")
 PYTHON_FILES = {
     str(path.relative_to(ROOT)) for folder in ("fastbert", *LINKED) for path in (ROOT / folder).rglob("*.py")
 }
+SOURCES = {f"fastbert/csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+PURE = PYTHON_FILES | SOURCES
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler here"
 )
@@ -61,7 +63,7 @@ def contents(wheel):
 def test_wheel_without_torch_is_pure_python_and_complete(source, no_torch):
     wheel, printed = build("wheel", source, no_torch)
     assert wheel.name == "fastbert_kernels-0.1.0-py3-none-any.whl"
-    assert contents(wheel) == PYTHON_FILES
+    assert contents(wheel) == PURE and "fastbert/csrc/lamb.cu" in PURE
     assert all(any(name.startswith(folder) for name in PYTHON_FILES) for folder in LINKED)
     assert "not built: torch cannot be imported" in printed
     metadata = {name.split("/", 1)[1]: name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" in name}
@@ -74,16 +76,15 @@ def test_sdist_has_all_sources_and_builds_the_same_wheel(source, no_torch, tmp_p
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
         archive.extractall(tmp_path, filter="data")
-    compiled = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
-    assert names >= PYTHON_FILES | compiled | {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
+    assert names >= PURE | {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
     wheel, _ = build("wheel", tmp_path / sdist.name.removesuffix(".tar.gz"), no_torch)
-    assert contents(wheel) == PYTHON_FILES
+    assert contents(wheel) == PURE
 
 
 @needs_compiler
 def test_wheel_with_torch_holds_the_compiled_part(source):
     wheel, printed = build("wheel", source, {**os.environ, "PYTHONPATH": ""})
-    assert contents(wheel) == PYTHON_FILES | {"fastbert/_C.abi3.so"}, printed
+    assert contents(wheel) == PURE | {"fastbert/_C.abi3.so"}, printed
     assert "-cp310-abi3-" in wheel.name
 
 
@@ -91,7 +92,7 @@ def test_wheel_with_torch_holds_the_compiled_part(source):
 def test_a_failed_compilation_is_reported_and_does_not_stop_the_install(source):
     (source / "csrc" / "lamb.h").write_text("#error broken on purpose\n")
     wheel, printed = build("wheel", source, {**os.environ, "PYTHONPATH": ""})
-    assert contents(wheel) == PYTHON_FILES
+    assert contents(wheel) == PURE
     assert "fastbert._C: NOT BUILT" in printed
 
 
@@ -110,7 +111,7 @@ def test_decides_for_cuda_where_nvcc_is_and_asks_no_gpu(monkeypatch, tmp_path):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     assert SETUP["decide"]() == ("cuda", f"nvcc is in {tmp_path}")
     [module] = SETUP["extension"]("cuda")["ext_modules"]
-    assert "csrc/lamb.cu" in module.sources and ("FASTBERT_CUDA", None) in module.define_macros
+    assert "fastbert/csrc/lamb.cu" in module.sources and ("FASTBERT_CUDA", "1") in module.define_macros
     assert cpp_extension._get_cuda_arch_flags([]) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90,code=compute_90",
@@ -130,7 +131,7 @@ def test_decides_for_the_cpu_part_without_nvcc(monkeypatch, tmp_path):
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
     assert SETUP["decide"]()[0] == "cpu"
     [module] = SETUP["extension"]("cpu")["ext_modules"]
-    assert module.sources == ["csrc/bindings.cpp", "csrc/lamb_cpu.cpp"]
+    assert module.sources == ["fastbert/csrc/bindings.cpp", "fastbert/csrc/lamb_cpu.cpp"]
 
 
 def test_decides_for_nothing_without_a_compiler(monkeypatch):

@@ -11,7 +11,7 @@ import yaml
 from fastbert.config import BASE, nearest
 from fastbert.data import LEVELS, MASKINGS, PACKINGS, WORDS
 from fastbert.errors import ConfigError, MissingFileError
-from fastbert.optim import SCHEDULES
+from fastbert.optim import OPTIMIZERS, SCHEDULES
 
 
 def option(default, help: str, *, choices=None, least=None, below=None):
@@ -102,8 +102,13 @@ class ObjectiveOptions(Options):
 
 @dataclass(kw_only=True)
 class OptimizerOptions(Options):
-    """Optimization: AdamW."""
+    """Optimization."""
 
+    optimizer: str = option(
+        "adamw",
+        "adamw, or lamb: for large batches; with schedule poly as NVIDIA's BERT, nezha as NEZHA",
+        choices=OPTIMIZERS,
+    )
     steps: int | None = option(None, "number of updates", least=1)
     epochs: float | None = option(None, "passes over the corpus, in place of steps; 1 if neither is given", least=1e-9)
     batch_size: int = option(32, "samples per process and micro-batch", least=1)

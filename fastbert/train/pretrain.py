@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fastbert.errors import FastBertError
-from fastbert.optim import param_groups, schedule
+from fastbert.optim import FusedLAMB, schedule
 from fastbert.train import setup, state
 from fastbert.train.config import PretrainConfig
 from fastbert.train.feed import Feed, MicroBatch, micro_batch
@@ -123,8 +123,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = setup.build_model(config, self.tokenizer, resumed).to(device).train()
         self.parallel = self.world.parallel(self.model)
-        groups = param_groups(self.model, config.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        self.optimizer = setup.optimizer(config, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast == torch.float16)
 
     def _open_journal(self, resumed: Path | None) -> Journal:
@@ -177,7 +176,11 @@ class Trainer:
         self.loss_sum += loss * batch.labels
         self.labels += batch.labels
         self.tokens += len(batch.batch.input_ids)
-        self.first_bad = torch.where(loss.isfinite(), self.first_bad, self.first_bad.clamp(max=self.update))
+        self._note_bad(loss, self.update)
+
+    def _note_bad(self, value: torch.Tensor, update: int) -> None:
+        """Remembers the first update in which a loss or a norm of gradients is not finite, without waiting for it."""
+        self.first_bad = torch.where(value.isfinite(), self.first_bad, self.first_bad.clamp(max=update))
 
     def _loss(self, model, batch: MicroBatch) -> torch.Tensor:
         device = self.world.device
@@ -194,11 +197,17 @@ class Trainer:
         return output.loss
 
     def _apply_gradients(self) -> bool:
-        self.scaler.unscale_(self.optimizer)
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
         scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
+        if isinstance(self.optimizer, FusedLAMB):  # it unscales and clips by itself
+            self.scaler.step(self.optimizer)
+            self.grad_norm = self.optimizer.grad_norm
+        else:
+            self.scaler.unscale_(self.optimizer)
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
+            self.scaler.step(self.optimizer)
         self.scaler.update()
+        if not self.scaler.is_enabled():  # nothing scales the loss until the gradients are finite
+            self._note_bad(self.grad_norm, self.update - 1)
         self.optimizer.zero_grad()
         made = self.scaler.get_scale() >= scale
         self.step += made
@@ -236,8 +245,8 @@ class Trainer:
         self.journal.record("error", reason="loss", update=int(bad), epoch=epoch, samples=samples.tolist())
         shown = ", ".join(map(str, samples[:16])) + (", ... (all in the log)" if len(samples) > 16 else "")
         raise FastBertError(
-            f"the loss is not finite in step {int(bad) + 1}, on samples {shown} of epoch {epoch}; nothing was saved "
-            "since the last checkpoint. Try a lower lr, a longer warmup, or precision='fp32'"
+            f"the loss or its gradient is not finite in step {int(bad) + 1}, on samples {shown} of epoch {epoch}; "
+            "nothing was saved since the last checkpoint. Try a lower lr, a longer warmup, or precision='fp32'"
         )
 
     def _window(self) -> list[float]:

@@ -14,6 +14,7 @@ import fastbert
 from fastbert import EncoderConfig, checkpoint, model_class
 from fastbert.data import Corpus, MaskedLM, Tokenizer, prepare
 from fastbert.errors import CheckpointError, ConfigError, MissingFileError
+from fastbert.optim import FusedLAMB, param_groups
 from fastbert.train import state
 from fastbert.train.config import PretrainConfig, TextOptions
 from fastbert.train.journal import LOG, read_log
@@ -62,7 +63,9 @@ def find_checkpoint(config: PretrainConfig, world: World) -> tuple[Path | None, 
 def check_resumable(config: PretrainConfig, content: dict, global_batch: int, data: str) -> None:
     """ConfigError for a setting that would make another run of it, with the old and the new value."""
     begun, advice = content["config"], "to train on with other settings, begin a new run with init=<model folder>"
-    pairs = [(name, begun.get(name), value) for name, value in _plain(config).items() if name not in _FREE]
+    # A run may have been begun before an option was there: it has the option's default.
+    begun = _plain(PretrainConfig()) | begun
+    pairs = [(name, begun[name], value) for name, value in _plain(config).items() if name not in _FREE]
     pairs.append(("batch_size x accumulation x processes", content["global_batch"], global_batch))
     pairs.append(("data (checksum)", content["data"], data))
     for name, old, new in pairs:
@@ -153,6 +156,15 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer, resumed: Path | No
     if resumed is None and config.init is not None:
         _check_same_tokenizer(Path(config.init), tokenizer)
     return build(wanted) if folder is None else build.from_pretrained(folder, dtype=torch.float32)
+
+
+def optimizer(config: PretrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that `config` asks for, over the model's parameters."""
+    groups = param_groups(model, config.weight_decay)
+    settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if config.optimizer == "lamb":
+        return FusedLAMB(groups, max_grad_norm=config.clip or None, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)
 
 
 def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
