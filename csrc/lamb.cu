@@ -95,63 +95,54 @@ __device__ uint4 neighbours(const void* data, LambPart part) {
   return __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + part.start) + threadIdx.x);
 }
 
-__device__ Values load_floats(const float* data, LambPart part, bool whole) {
-  Values values;
-  if (whole) {
-    #pragma unroll
-    for (int run = 0; run < 2; ++run) {
-      const float4 four = *reinterpret_cast<const float4*>(data + part.start + run_of(run));
-      values.at[4 * run] = four.x;
-      values.at[4 * run + 1] = four.y;
-      values.at[4 * run + 2] = four.z;
-      values.at[4 * run + 3] = four.w;
-    }
-  } else {
-    #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) values.at[i] = element(i) < part.n ? data[part.start + element(i)] : 0.0f;
-  }
-  return values;
-}
+// Elements of a warp that takes 16 bytes at a time.
 
-__device__ Values load(const void* data, int type, LambPart part, bool whole) {
-  if (type == kFloat) return load_floats(static_cast<const float*>(data), part, whole);
-  if (whole) return unpack(trade_in(neighbours(data, part)), type == kHalf);
+__device__ Values load_floats(const float* data, LambPart part) {
   Values values;
   #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const bool inside = element(i) < part.n;
-    const uint32_t bits = inside ? static_cast<const uint16_t*>(data)[part.start + element(i)] : 0;
-    values.at[i] = unpack(bits, type == kHalf).x;
+  for (int run = 0; run < 2; ++run) {
+    const float4 four = *reinterpret_cast<const float4*>(data + part.start + run_of(run));
+    values.at[4 * run] = four.x;
+    values.at[4 * run + 1] = four.y;
+    values.at[4 * run + 2] = four.z;
+    values.at[4 * run + 3] = four.w;
   }
   return values;
 }
 
-__device__ void store_floats(float* data, LambPart part, bool whole, const Values& values) {
-  if (whole) {
-    #pragma unroll
-    for (int run = 0; run < 2; ++run)
-      *reinterpret_cast<float4*>(data + part.start + run_of(run)) = make_float4(
-          values.at[4 * run], values.at[4 * run + 1], values.at[4 * run + 2], values.at[4 * run + 3]);
-  } else {
-    #pragma unroll
-    for (int i = 0; i < kPerThread; ++i)
-      if (element(i) < part.n) data[part.start + element(i)] = values.at[i];
-  }
+__device__ Values load(const void* data, int type, LambPart part) {
+  if (type == kFloat) return load_floats(static_cast<const float*>(data), part);
+  return unpack(trade_in(neighbours(data, part)), type == kHalf);
 }
 
-__device__ void store(void* data, int type, LambPart part, bool whole, const Values& values) {
-  if (type == kFloat) return store_floats(static_cast<float*>(data), part, whole, values);
-  uint16_t* begin = static_cast<uint16_t*>(data) + part.start;
-  if (whole) {
-    Words words;
-    #pragma unroll
-    for (int i = 0; i < 4; ++i) words.at[i] = pack(values.at[2 * i], values.at[2 * i + 1], type == kHalf);
-    reinterpret_cast<uint4*>(begin)[threadIdx.x] = trade_out(words);
-  } else {
-    #pragma unroll
-    for (int i = 0; i < kPerThread; ++i)
-      if (element(i) < part.n) begin[element(i)] = static_cast<uint16_t>(pack(values.at[i], 0.0f, type == kHalf));
-  }
+__device__ float4 four_of(const Values& values, int run) {
+  return make_float4(values.at[4 * run], values.at[4 * run + 1], values.at[4 * run + 2], values.at[4 * run + 3]);
+}
+
+__device__ void store_floats(float* data, LambPart part, const Values& values) {
+  #pragma unroll
+  for (int run = 0; run < 2; ++run)
+    *reinterpret_cast<float4*>(data + part.start + run_of(run)) = four_of(values, run);
+}
+
+__device__ void store(void* data, int type, LambPart part, const Values& values) {
+  if (type == kFloat) return store_floats(static_cast<float*>(data), part, values);
+  Words words;
+  #pragma unroll
+  for (int i = 0; i < 4; ++i) words.at[i] = pack(values.at[2 * i], values.at[2 * i + 1], type == kHalf);
+  reinterpret_cast<uint4*>(static_cast<uint16_t*>(data) + part.start)[threadIdx.x] = trade_out(words);
+}
+
+// One element, of a warp that cannot.
+
+__device__ float load_one(const void* data, int type, int64_t index) {
+  if (type == kFloat) return static_cast<const float*>(data)[index];
+  return unpack(static_cast<const uint16_t*>(data)[index], type == kHalf).x;
+}
+
+__device__ void store_one(void* data, int type, int64_t index, float value) {
+  if (type == kFloat) static_cast<float*>(data)[index] = value;
+  else static_cast<uint16_t*>(data)[index] = static_cast<uint16_t>(pack(value, 0.0f, type == kHalf));
 }
 
 class CudaBlock {
@@ -165,32 +156,32 @@ class CudaBlock {
   __device__ int size() const { return kThreads; }
   __device__ int claim(int* counter) { return atomicAdd(counter, 1); }
   __device__ int arrive(int* counter) {
-    __threadfence();
-    const int before = atomicAdd(counter, 1);
-    __threadfence();
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
     return before;
   }
-  __device__ unsigned ask(const int* const (&flags)[kSlots + 1]) {  // thread i asks for flag i
+  __device__ int ask(const int* const (&flags)[kSlots + 1]) {  // thread i asks for flag i
     const int* mine = nullptr;
     #pragma unroll
     for (int i = 0; i <= kSlots; ++i)
       if (threadIdx.x == i) mine = flags[i];
-    return mine == nullptr ? 0 : *static_cast<const volatile int*>(mine);
+    int set = 0;
+    if (mine != nullptr) asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(set) : "l"(mine));
+    return set;
   }
-  __device__ unsigned answer(unsigned asked) {
+  __device__ unsigned answer(int asked) {
     if (threadIdx.x >= 32) return 0;
     const unsigned ready = __ballot_sync(~0u, asked);
-    if (ready) __threadfence();
+    if (ready) asm volatile("fence.acq_rel.gpu;" ::: "memory");
     return ready;
   }
   __device__ bool is_set(const int* flag) {
-    const bool yes = *static_cast<const volatile int*>(flag);
-    if (yes) __threadfence();
-    return yes;
+    int set;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(set) : "l"(flag) : "memory");
+    return set;
   }
   __device__ void set(int* flag) {
-    __threadfence();
-    *static_cast<volatile int*>(flag) = 1;
+    asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory");
   }
   __device__ void relax() { __nanosleep(100); }
   __device__ double fresh(const double* address) { return __ldcg(address); }
@@ -236,12 +227,16 @@ class CudaBlock {
         if (chunk + i == lamb_end(batch, tensor)) ++tensor;
         const LambTensor& t = batch.tensors[tensor];
         const LambPart part = lamb_part<kChunk>(batch, chunk + i, tensor);
-        if (t.grad_type != kFloat && is_whole(t, part)) {
+        if (!is_whole(t, part)) {
+          #pragma unroll 1
+          for (int k = 0; k < kPerThread && element(k) < part.n; ++k)
+            sum += square(load_one(t.grad, t.grad_type, part.start + element(k)));
+        } else if (t.grad_type == kFloat) {
+          sum += square(load_floats(static_cast<const float*>(t.grad), part));
+        } else {
           const uint4 raw = neighbours(t.grad, part);  // the order does not matter here
           words[i] = {{raw.x, raw.y, raw.z, raw.w}};
           types[i] = t.grad_type;
-        } else {
-          sum += square(load(t.grad, t.grad_type, part, is_whole(t, part)));
         }
       }
       #pragma unroll
@@ -262,56 +257,83 @@ class CudaBlock {
 
   __device__ LambNorms moments(const LambScalars& s, const LambTensor& t, LambPart part, int slot, bool at_once,
                                float lr) {
-    const bool whole = is_whole(t, part);
-    Values m = load_floats(t.exp_avg, part, whole);
-    Values v = load_floats(t.exp_avg_sq, part, whole);
-    Values w = load(t.weight, t.weight_type, part, whole);
-    const Values g = load(t.grad, t.grad_type, part, whole);
-    Values u;
     float weight = 0.0f, update = 0.0f;
-    #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      lamb_moments(s, g.at[i], m.at[i], v.at[i]);
-      u.at[i] = whole || element(i) < part.n ? lamb_update(s, w.at[i], m.at[i], v.at[i]) : 0.0f;
-      weight += w.at[i] * w.at[i];
-      update += u.at[i] * u.at[i];
-    }
-    store_floats(t.exp_avg, part, whole, m);
-    store_floats(t.exp_avg_sq, part, whole, v);
-    if (slot >= 0) {
-      float4* mine = slots_ + slot * 4 * kThreads + threadIdx.x;
+    if (is_whole(t, part)) {
+      Values m = load_floats(t.exp_avg, part);
+      Values v = load_floats(t.exp_avg_sq, part);
+      const Values w = load(t.weight, t.weight_type, part);
+      Values u = load(t.grad, t.grad_type, part);
       #pragma unroll
-      for (int run = 0; run < 2; ++run) {
-        mine[run * kThreads] = make_float4(u.at[4 * run], u.at[4 * run + 1], u.at[4 * run + 2], u.at[4 * run + 3]);
-        mine[(2 + run) * kThreads] =
-            make_float4(w.at[4 * run], w.at[4 * run + 1], w.at[4 * run + 2], w.at[4 * run + 3]);
+      for (int i = 0; i < kPerThread; ++i) {
+        lamb_moments(s, u.at[i], m.at[i], v.at[i]);
+        u.at[i] = lamb_update(s, w.at[i], m.at[i], v.at[i]);
+        weight += w.at[i] * w.at[i];
+        update += u.at[i] * u.at[i];
+      }
+      store_floats(t.exp_avg, part, m);
+      store_floats(t.exp_avg_sq, part, v);
+      #pragma unroll
+      for (int run = 0; slot >= 0 && run < 2; ++run) {
+        kept(slot, run) = four_of(u, run);
+        kept(slot, 2 + run) = four_of(w, run);
+      }
+      if (at_once) write(t, part, w, u, lr);
+    } else {
+      #pragma unroll 1
+      for (int i = 0; i < kPerThread && element(i) < part.n; ++i) {
+        const int64_t index = part.start + element(i);
+        float m = t.exp_avg[index], v = t.exp_avg_sq[index];
+        const float w = load_one(t.weight, t.weight_type, index);
+        lamb_moments(s, load_one(t.grad, t.grad_type, index), m, v);
+        const float u = lamb_update(s, w, m, v);
+        weight += w * w;
+        update += u * u;
+        t.exp_avg[index] = m;
+        t.exp_avg_sq[index] = v;
+        if (slot >= 0) {
+          kept_one(slot, i) = u;
+          kept_one(slot, kPerThread + i) = w;
+        }
+        if (at_once) write_one(t, index, w - lr * u);
       }
     }
-    if (at_once) write(t, part, whole, w, u, lr);
     return {weight, update};
   }
 
   __device__ void apply_kept(const LambTensor& t, LambPart part, int slot, float scale) {
-    const float4* mine = slots_ + slot * 4 * kThreads + threadIdx.x;
-    Values u, w;
-    #pragma unroll
-    for (int run = 0; run < 2; ++run) {
-      const float4 a = mine[run * kThreads], b = mine[(2 + run) * kThreads];
-      u.at[4 * run] = a.x, u.at[4 * run + 1] = a.y, u.at[4 * run + 2] = a.z, u.at[4 * run + 3] = a.w;
-      w.at[4 * run] = b.x, w.at[4 * run + 1] = b.y, w.at[4 * run + 2] = b.z, w.at[4 * run + 3] = b.w;
+    if (is_whole(t, part)) {
+      Values u, w;
+      #pragma unroll
+      for (int run = 0; run < 2; ++run) {
+        const float4 a = kept(slot, run), b = kept(slot, 2 + run);
+        u.at[4 * run] = a.x, u.at[4 * run + 1] = a.y, u.at[4 * run + 2] = a.z, u.at[4 * run + 3] = a.w;
+        w.at[4 * run] = b.x, w.at[4 * run + 1] = b.y, w.at[4 * run + 2] = b.z, w.at[4 * run + 3] = b.w;
+      }
+      write(t, part, w, u, scale);
+    } else {
+      #pragma unroll 1
+      for (int i = 0; i < kPerThread && element(i) < part.n; ++i)
+        write_one(t, part.start + element(i), kept_one(slot, kPerThread + i) - scale * kept_one(slot, i));
     }
-    write(t, part, is_whole(t, part), w, u, scale);
   }
 
   __device__ void apply(const LambScalars& s, const LambTensor& t, LambPart part, float scale) {
-    const bool whole = is_whole(t, part);
-    const Values m = load_floats(t.exp_avg, part, whole);
-    const Values v = load_floats(t.exp_avg_sq, part, whole);
-    const Values w = load(t.weight, t.weight_type, part, whole);
-    Values u;
-    #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) u.at[i] = lamb_update(s, w.at[i], m.at[i], v.at[i]);
-    write(t, part, whole, w, u, scale);
+    if (is_whole(t, part)) {
+      const Values m = load_floats(t.exp_avg, part);
+      const Values v = load_floats(t.exp_avg_sq, part);
+      const Values w = load(t.weight, t.weight_type, part);
+      Values u;
+      #pragma unroll
+      for (int i = 0; i < kPerThread; ++i) u.at[i] = lamb_update(s, w.at[i], m.at[i], v.at[i]);
+      write(t, part, w, u, scale);
+    } else {
+      #pragma unroll 1
+      for (int i = 0; i < kPerThread && element(i) < part.n; ++i) {
+        const int64_t index = part.start + element(i);
+        const float w = load_one(t.weight, t.weight_type, index);
+        write_one(t, index, w - scale * lamb_update(s, w, t.exp_avg[index], t.exp_avg_sq[index]));
+      }
+    }
   }
 
  private:
@@ -320,21 +342,31 @@ class CudaBlock {
     return plans;
   }
 
+  __device__ static double square(float value) { return static_cast<double>(value) * value; }
   __device__ static double square(const Values& values) {
     double sum = 0.0;
     #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) sum += static_cast<double>(values.at[i]) * values.at[i];
+    for (int i = 0; i < kPerThread; ++i) sum += square(values.at[i]);
     return sum;
   }
 
-  __device__ static void write(const LambTensor& t, LambPart part, bool whole, Values w, const Values& u, float scale) {
+  __device__ static void write(const LambTensor& t, LambPart part, Values w, const Values& u, float scale) {
     #pragma unroll
     for (int i = 0; i < kPerThread; ++i) w.at[i] -= scale * u.at[i];
-    store(t.weight, t.weight_type, part, whole, w);
-    if (t.copy != nullptr) store(t.copy, t.copy_type, part, whole, w);
+    store(t.weight, t.weight_type, part, w);
+    if (t.copy != nullptr) store(t.copy, t.copy_type, part, w);
   }
 
-  float4* slots_;  // [slots][2 runs of u, 2 of w][threads]
+  __device__ static void write_one(const LambTensor& t, int64_t index, float w) {
+    store_one(t.weight, t.weight_type, index, w);
+    if (t.copy != nullptr) store_one(t.copy, t.copy_type, index, w);
+  }
+
+  // This thread's runs in a slot: two of u, two of w; and one of their numbers.
+  __device__ float4& kept(int slot, int run) { return slots_[(slot * 4 + run) * kThreads + threadIdx.x]; }
+  __device__ float& kept_one(int slot, int i) { return reinterpret_cast<float*>(&kept(slot, i / 4))[i % 4]; }
+
+  float4* slots_;  // [slots][4 runs][threads]
   int turn_ = 0, sum_turn_ = 0;
 };
 

@@ -33,9 +33,11 @@
 #ifdef __CUDACC__
 #define FASTBERT_HOST_DEVICE __host__ __device__ __forceinline__
 #define FASTBERT_UNROLL _Pragma("unroll")
+#define FASTBERT_NO_UNROLL _Pragma("unroll 1")
 #else
 #define FASTBERT_HOST_DEVICE inline __attribute__((always_inline))
 #define FASTBERT_UNROLL
+#define FASTBERT_NO_UNROLL
 #endif
 
 namespace fastbert {
@@ -299,7 +301,7 @@ FASTBERT_HOST_DEVICE void lamb_plan(Block& block, const LambBatch& batch, const 
   then.known = ready;
   then.slot = -1;
   int waiting = 0;
-  FASTBERT_UNROLL
+  FASTBERT_NO_UNROLL
   for (int i = kSlots; i >= 0; --i) {
     LambWait wait = now.waits[i];
     if (now.known >> i & 1) wait = {i == kSlots ? batch.work.next[wait.chunk] : -1, -1};
@@ -344,7 +346,7 @@ FASTBERT_HOST_DEVICE void lamb_step(Block& block, const LambBatch& batch, int ph
   for (;; plan = &block.flip()) {
     const LambPlan& now = *plan;
     if (now.finished >= 0) lamb_finish(block, batch, now.finished);
-    FASTBERT_UNROLL
+    FASTBERT_NO_UNROLL
     for (int i = 0; i < kSlots; ++i) {
       if (!(now.known >> i & 1)) continue;
       const LambWait wait = now.waits[i];
@@ -363,7 +365,7 @@ FASTBERT_HOST_DEVICE void lamb_step(Block& block, const LambBatch& batch, int ph
       const bool asks = now.waits[i].chunk >= 0 && !(now.known >> i & 1);
       flags[i] = asks ? work.ready + now.waits[i].tensor : nullptr;
     }
-    const unsigned asked = block.ask(flags);  // and looked at after the moments, so that nobody waits for it
+    const int asked = block.ask(flags);  // and looked at after the moments, so that nobody waits for it
     if (now.ticket >= batch.chunks) {
       const unsigned ready = block.answer(asked);
       if (!block.leader()) continue;

@@ -6,7 +6,7 @@
 #include "lamb_launch.h"
 
 // Compiled once per vector width, and the loader picks: a build made on one machine runs on another, as wide as it can.
-#if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__SANITIZE_THREAD__)
 #define FASTBERT_VECTOR_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define FASTBERT_VECTOR_CLONES
@@ -164,13 +164,13 @@ class CpuBlock {
   int size() const { return 1; }
   int claim(int* counter) { return atomic(counter).fetch_add(1, std::memory_order_relaxed); }
   int arrive(int* counter) { return atomic(counter).fetch_add(1, std::memory_order_acq_rel); }
-  unsigned ask(const int* const (&flags)[kSlots + 1]) {
-    unsigned ready = 0;
+  int ask(const int* const (&flags)[kSlots + 1]) {
+    int ready = 0;
     for (int i = 0; i <= kSlots; ++i)
-      if (flags[i] != nullptr && is_set(flags[i])) ready |= 1u << i;
+      if (flags[i] != nullptr && is_set(flags[i])) ready |= 1 << i;
     return ready;
   }
-  unsigned answer(unsigned asked) { return asked; }
+  unsigned answer(int asked) { return asked; }
   bool is_set(const int* flag) { return atomic(const_cast<int*>(flag)).load(std::memory_order_acquire); }
   void set(int* flag) { atomic(flag).store(1, std::memory_order_release); }
   void relax() { std::this_thread::yield(); }
