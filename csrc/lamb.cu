@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "lamb_launch.h"
+#include "memory_order.h"
 
 namespace fastbert {
 namespace {
@@ -155,34 +156,22 @@ class CudaBlock {
   __device__ int rank() const { return threadIdx.x; }
   __device__ int size() const { return kThreads; }
   __device__ int claim(int* counter) { return atomicAdd(counter, 1); }
-  __device__ int arrive(int* counter) {
-    int before;
-    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-    return before;
-  }
+  __device__ int arrive(int* counter) { return add_acq_rel(counter); }
   __device__ int ask(const int* const (&flags)[kSlots + 1]) {  // thread i asks for flag i
     const int* mine = nullptr;
     #pragma unroll
     for (int i = 0; i <= kSlots; ++i)
       if (threadIdx.x == i) mine = flags[i];
-    int set = 0;
-    if (mine != nullptr) asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(set) : "l"(mine));
-    return set;
+    return mine == nullptr ? 0 : load_relaxed(mine);
   }
   __device__ unsigned answer(int asked) {
     if (threadIdx.x >= 32) return 0;
     const unsigned ready = __ballot_sync(~0u, asked);
-    if (ready) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    if (ready) fence_acq_rel();
     return ready;
   }
-  __device__ bool is_set(const int* flag) {
-    int set;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(set) : "l"(flag) : "memory");
-    return set;
-  }
-  __device__ void set(int* flag) {
-    asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory");
-  }
+  __device__ bool is_set(const int* flag) { return load_acquire(flag); }
+  __device__ void set(int* flag) { store_release(flag, 1); }
   __device__ void relax() { __nanosleep(100); }
   __device__ double fresh(const double* address) { return __ldcg(address); }
 
@@ -195,7 +184,7 @@ class CudaBlock {
 
   __device__ double sum(double value) { return sum(LambNorms{value, 0.0}).weight; }
   __device__ LambNorms sum(LambNorms value) {
-    __shared__ LambNorms warps[2][kWarps];
+    static __shared__ LambNorms warps[2][kWarps];
     for (int offset = 16; offset > 0; offset /= 2) {
       value.weight += __shfl_xor_sync(~0u, value.weight, offset);
       value.update += __shfl_xor_sync(~0u, value.update, offset);
@@ -338,7 +327,7 @@ class CudaBlock {
 
  private:
   __device__ static LambPlan* plans() {
-    __shared__ LambPlan plans[2];
+    static __shared__ LambPlan plans[2];
     return plans;
   }
 
@@ -399,8 +388,9 @@ const char* lamb_cuda(LambBatch& batch, int phases, void* stream) {
   status = cudaFuncSetAttribute(lamb_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return message(status);
   const int blocks = std::min(batch.chunks, multiprocessors * kBlocksPerSM);
-  lamb_kernel<<<blocks, kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(batch, phases);
-  return message(cudaGetLastError());
+  void* arguments[] = {&batch, &phases};
+  status = cudaLaunchKernel(lamb_kernel, blocks, kThreads, arguments, bytes, static_cast<cudaStream_t>(stream));
+  return message(status);
 }
 
 const char* clear_cuda(void* memory, size_t bytes, void* stream) {
