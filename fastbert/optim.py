@@ -168,10 +168,10 @@ class FusedLAMB(Optimizer):
                     continue
                 if p.grad.is_sparse:
                     raise DtypeError(f"the gradient of {_name(group, i)} is sparse, expected a dense one")
-                state = self._state_of(p)
+                state, grad = self._state_of(p), _placed(p.grad, p)
                 row = {
                     "params": p,
-                    "grads": p.grad if p.grad.stride() == p.stride() else p.grad.contiguous(),
+                    "grads": grad if grad.stride() == p.stride() else grad.contiguous(),
                     "exp_avgs": state["exp_avg"],
                     "exp_avg_sqs": state["exp_avg_sq"],
                     "steps": state["step"],
@@ -204,6 +204,7 @@ class FusedLAMB(Optimizer):
         for name, t in state.items():
             if t.shape != p.shape:
                 raise CheckpointError(f"state_dict: {name} has shape {tuple(t.shape)}, expected {tuple(p.shape)}")
+            state[name] = _placed(t, p)
         step = torch.as_tensor(saved["step"], dtype=torch.float32).detach()
         state["step"] = step.to(p.device, copy=True).reshape(())
         if not self._has_master(p) and "master" in state:
@@ -255,8 +256,21 @@ def _local(t: Tensor) -> Tensor:
     return t.to_local() if hasattr(t, "to_local") else t
 
 
+def _placed(t: Tensor, p: Tensor) -> Tensor:
+    """A gradient or a saved state that lies as its parameter does: tensor parallelism leaves sums that nobody has added
+    yet, and a whole tensor may be loaded for a sharded parameter."""
+    if not hasattr(p, "to_local"):
+        return t
+    if not hasattr(t, "to_local"):
+        from torch.distributed.tensor import distribute_tensor  # what is not sharded need not import it
+
+        return distribute_tensor(t, p.device_mesh, p.placements)
+    return t if t.placements == p.placements else t.redistribute(placements=p.placements)
+
+
 def _shards(p: Tensor) -> tuple:
     """The process groups over which a DTensor is sharded."""
     if not hasattr(p, "to_local"):
         return ()
-    return tuple(p.device_mesh.get_group(dim) for dim, placement in enumerate(p.placements) if placement.is_shard())
+    mesh = p.device_mesh
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(p.placements) if not placement.is_replicate())
