@@ -113,7 +113,13 @@ inline __attribute__((always_inline)) double sum_of_squares(const float* x, int 
   return sum;
 }
 
-FASTBERT_VECTOR_CLONES double squares_of(const float* x, int n) { return sum_of_squares<Doubles>(x, n); }
+// In float, which is twice as fast, unless the squares may not fit.
+FASTBERT_VECTOR_CLONES double squares_of(const float* x, int n) {
+  double sum = 0.0;
+  for (int start = 0; start < n; start += kSumRun)
+    sum += sum_of_squares<Floats>(x + start, n - start < kSumRun ? n - start : kSumRun);
+  return sum > 1e-20 && sum < 1e30 ? sum : sum_of_squares<Doubles>(x, n);
+}
 
 // New moments and the sums of squares; u too, unless it is null.
 FASTBERT_VECTOR_CLONES LambNorms moments_of(const LambScalars& scalars, const float* __restrict__ g,

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastbert.errors import CheckpointError, ConfigError, DtypeError
-from fastbert.ops.lamb import LambGroup, check_settings, lamb
+from fastbert.ops.lamb import LambGroup, check_settings, run
 
 SCHEDULES = ("linear", "poly", "nezha", "constant")
 OPTIMIZERS = ("adamw", "lamb")
+_LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "masters")  # of a LambGroup
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
@@ -140,7 +141,7 @@ class FusedLAMB(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.grad_norm = lamb(
+        self.grad_norm = run(
             list(self._lamb_groups()),
             grad_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
@@ -162,27 +163,26 @@ class FusedLAMB(Optimizer):
 
     def _lamb_groups(self) -> Iterator[LambGroup]:
         for group in self.param_groups:
-            sharded: dict[tuple, dict[str, list[Tensor]]] = {}
+            sharded: dict[tuple, list[tuple]] = {}
             for i, p in enumerate(group["params"]):
-                if p.grad is None:
+                grad = p.grad
+                if grad is None:
                     continue
-                if p.grad.is_sparse:
+                if grad.is_sparse:
                     raise DtypeError(f"the gradient of {_name(group, i)} is sparse, expected a dense one")
-                state, grad = self._state_of(p), _placed(p.grad, p)
-                row = {
-                    "params": p,
-                    "grads": grad if grad.stride() == p.stride() else grad.contiguous(),
-                    "exp_avgs": state["exp_avg"],
-                    "exp_avg_sqs": state["exp_avg_sq"],
-                    "steps": state["step"],
-                    "masters": state.get("master", p),
-                }
-                lists = sharded.setdefault(_shards(p), {key: [] for key in row})
-                for key, t in row.items():
-                    lists[key].append(_local(t))
-            settings = {key: value for key, value in group.items() if key in LambGroup.__dataclass_fields__}
-            for shards, lists in sharded.items():
-                yield LambGroup(**settings | lists, shards=shards)
+                state, shards = self._state_of(p), ()
+                tensors = [p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], state.get("master", p)]
+                if _is_dtensor(p):
+                    shards, tensors[1] = _shards(p), _placed(grad, p)
+                    tensors = [t.to_local() if _is_dtensor(t) else t for t in tensors]
+                if tensors[1].stride() != tensors[0].stride():
+                    tensors[1] = tensors[1].contiguous()
+                sharded.setdefault(shards, []).append(tensors)
+            fields = LambGroup.__dataclass_fields__.keys() - _LISTS
+            settings = {key: value for key, value in group.items() if key in fields}
+            for shards, rows in sharded.items():
+                lists = dict(zip(_LISTS, map(list, zip(*rows, strict=True)), strict=True))
+                yield LambGroup(**settings, **lists, shards=shards)
 
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]
@@ -251,17 +251,16 @@ def _name(group: dict, index: int) -> str:
     return f"parameter {index} of a group, of shape {tuple(group['params'][index].shape)},"
 
 
-def _local(t: Tensor) -> Tensor:
-    """This process's part of a DTensor; other tensors as they are."""
-    return t.to_local() if hasattr(t, "to_local") else t
+def _is_dtensor(t: Tensor) -> bool:
+    return hasattr(t, "to_local")  # asked so, because importing the class takes longer than importing fastbert
 
 
 def _placed(t: Tensor, p: Tensor) -> Tensor:
     """A gradient or a saved state that lies as its parameter does: tensor parallelism leaves sums that nobody has added
     yet, and a whole tensor may be loaded for a sharded parameter."""
-    if not hasattr(p, "to_local"):
+    if not _is_dtensor(p):
         return t
-    if not hasattr(t, "to_local"):
+    if not _is_dtensor(t):
         from torch.distributed.tensor import distribute_tensor  # what is not sharded need not import it
 
         return distribute_tensor(t, p.device_mesh, p.placements)
@@ -270,7 +269,5 @@ def _placed(t: Tensor, p: Tensor) -> Tensor:
 
 def _shards(p: Tensor) -> tuple:
     """The process groups over which a DTensor is sharded."""
-    if not hasattr(p, "to_local"):
-        return ()
     mesh = p.device_mesh
     return tuple(mesh.get_group(dim) for dim, placement in enumerate(p.placements) if not placement.is_replicate())

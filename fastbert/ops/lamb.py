@@ -76,19 +76,38 @@ def lamb(
     setting out of range), BackendError.
     Source: You et al. (2019), arXiv 1904.00962, algorithm 2, as apex's FusedLAMB computes it.
     """
-    scalars = {"grad_scale": grad_scale, "found_inf": found_inf}
-    checks.tensors("grad_scale", "found_inf", **scalars)
+    checks.tensors("grad_scale", "found_inf", grad_scale=grad_scale, found_inf=found_inf)
+    for name, t in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if t is not None and t.numel() != 1:
+            raise ShapeError(f"{name}: got shape {tuple(t.shape)}, expected one element")
     if max_grad_norm is not None:
         checks.number("max_grad_norm", max_grad_norm, lambda x: x > 0, "None or more than 0")
     for i, group in enumerate(groups):
         _check_tensors(f"groups[{i}]", group)
         _check_numbers(f"groups[{i}]", group)
+    return run(groups, grad_scale=grad_scale, found_inf=found_inf, max_grad_norm=max_grad_norm, backend=backend)
+
+
+@torch.no_grad()
+def run(
+    groups: Sequence[LambGroup],
+    *,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    max_grad_norm: float | None,
+    backend: str | None,
+) -> Tensor:
+    """`lamb` for groups that were made to fit: only the devices are checked."""
     groups = [group for group in groups if group.params]
     tensors = [t for group in groups for name in _LISTS for t in getattr(group, name)]
-    _check_device(tensors, **scalars)
+    devices = dict.fromkeys([t.device for t in tensors])
+    if len(devices) > 1:
+        names = ", ".join(map(str, devices))
+        raise ShapeError(f"the tensors are on several devices ({names}), expected one: make a call for each")
     name = pick("lamb", _BACKENDS, backend, tensors, any(group.shards for group in groups))
     if not groups:
         return torch.zeros((), dtype=torch.float64)
+    scalars = {"grad_scale": grad_scale, "found_inf": found_inf}
     scalars = {name: None if t is None else t.to(tensors[0].device, torch.float32) for name, t in scalars.items()}
     return _TWINS[name](groups, **scalars, max_grad_norm=max_grad_norm)
 
@@ -137,22 +156,12 @@ def check_settings(betas: tuple[float, float], eps: float, weight_decay: float, 
     checks.number(f"{where}weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
 
 
-def _check_device(tensors: list[Tensor], **scalars: Tensor | None) -> None:
-    devices = dict.fromkeys(t.device for t in tensors)
-    if len(devices) > 1:
-        names = ", ".join(map(str, devices))
-        raise ShapeError(f"the tensors are on several devices ({names}), expected one: make a call for each")
-    for name, t in scalars.items():
-        if t is not None and t.numel() != 1:
-            raise ShapeError(f"{name}: got shape {tuple(t.shape)}, expected one element")
-
-
 def _extension_serves(tensors: list[Tensor], _sharded: bool = False) -> str | None:
     if reason := extension.load():
         return reason
-    if not all(t.is_contiguous() for t in tensors):
+    if not all([t.is_contiguous() for t in tensors]):
         return "not all tensors are contiguous"
-    if any(t.dtype == torch.float64 for t in tensors):
+    if torch.float64 in {t.dtype for t in tensors}:
         return "it does not take float64"
     key = "CUDA" if tensors and tensors[0].is_cuda else "CPU"
     if tensors and tensors[0].device.type not in ("cuda", "cpu"):
