@@ -336,7 +336,8 @@ def test_processes_train_as_one_does_with_the_same_global_batch(processes, paral
     for parameters, norms, expected in results:
         assert identical(parameters, results[0][0])
         assert norms == results[0][1]
-        assert all(math.isclose(a, b, rel_tol=1e-12) for a, b in zip(norms, expected, strict=True))
+        exact = 1e-12 if backend == "torch" else 12 * 2**-24  # the compiled twin adds 256 squares in fp32
+        assert all(math.isclose(a, b, rel_tol=exact) for a, b in zip(norms, expected, strict=True))
         for name in alone:
             said = partial("{}: {}".format, name)
             torch.testing.assert_close(parameters[name], alone[name], rtol=0, atol=training_bound(dtype), msg=said)

@@ -210,6 +210,18 @@ def test_every_cuda_kernel_is_compiled_for_every_target(shipped, tools):
     assert names and {(*name, target) for name in names for target in tools.cuda_targets} <= found
 
 
+def test_lamb_moves_16_bytes_at_a_time(shipped, tools):
+    """A thread has 8 elements: g, m, v, w in and m, v out in the first phase; m, v, w in and w and its copy out in the
+    second."""
+    if tools.nvcc is None:
+        pytest.skip(tools.cuda)
+    for each in shipped:
+        if each.kernel != "lamb_kernel":
+            continue
+        wide = [i.opcode for i in each.code if i.opcode in ("LDG", "STG") and ".128" in i.mnemonic]
+        assert wide.count("LDG") >= 2 * 7 + 2 and wide.count("STG") >= 2 * 4 + 1, title(each)
+
+
 def cuda_kernels(path):
     """The names behind __global__, its attributes left out."""
     for definition in path.read_text(encoding="utf-8").split("__global__")[1:]:
