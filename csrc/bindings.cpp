@@ -48,8 +48,8 @@ T* data(const Tensor& tensor, ScalarType type, const Tensor& like, const char* l
 
 fastbert::LambType type_of(const Tensor& tensor, const char* list, size_t index) {
   const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, "lamb_: ", list,
-                  "[", index, "] is not float32, float16 or bfloat16");
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
+                  "lamb_: ", list, "[", index, "] is not float32, float16 or bfloat16");
   return type == ScalarType::Float ? fastbert::kFloat
          : type == ScalarType::Half ? fastbert::kHalf
                                     : fastbert::kBFloat16;
@@ -119,7 +119,8 @@ Batches gather(const Lists& lists, const Tensor& settings) {
                       settings.scalar_type() == ScalarType::Double && settings.is_cpu(),
                   "lamb_: settings is not a float64 matrix of ", int{kColumns}, " columns on the CPU");
   const auto* row = static_cast<const double*>(settings.mutable_data_ptr());
-  const int chunk = count > 0 && lists.params[0].is_cuda() ? fastbert::kCudaChunk : fastbert::kCpuChunk;
+  const bool on_cuda = count > 0 && lists.params[0].is_cuda();
+  const int chunk = on_cuda ? fastbert::kCudaChunk : fastbert::kCpuChunk;
   Batches batches;
   size_t i = 0;
   int groups = fastbert::kGroups;  // of the last batch

@@ -383,7 +383,7 @@ const char* lamb_cuda(LambBatch& batch, int phases, void* stream) {
   if (status == cudaSuccess) status = cudaFuncGetAttributes(&kernel, lamb_kernel);
   if (status != cudaSuccess) return message(status);
   const int room = shared / kBlocksPerSM - reserved - static_cast<int>(kernel.sharedSizeBytes);
-  batch.slots = std::min(kSlots, room / kSlotBytes);
+  batch.slots = std::max(0, std::min(kSlots, room / kSlotBytes));
   const int bytes = batch.slots * kSlotBytes;
   status = cudaFuncSetAttribute(lamb_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return message(status);

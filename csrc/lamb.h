@@ -96,7 +96,7 @@ struct LambBatch {
   LambWork work;
   int count, chunks;           // tensors and chunks here
   int first_item, items;       // items of the norm before this batch, and in the whole step
-  int slots;                   // that a block has: 1 to kSlots
+  int slots;                   // that a block has: 0 to kSlots
   const float *grad_scale, *found_inf;  // null: 1 and 0
   double max_grad_norm;                 // infinite: no clipping
 };
@@ -335,7 +335,7 @@ FASTBERT_HOST_DEVICE void lamb_step(Block& block, const LambBatch& batch, int ph
     for (int i = 0; i <= kSlots; ++i) first.waits[i] = {-1, -1};
     first.ticket = block.claim(work.tickets + 1);
     first.tensor = first.ticket < batch.chunks ? lamb_tensor_of(batch, first.ticket) : -1;
-    first.slot = 0;
+    first.slot = batch.slots > 0 ? 0 : -1;
     first.finished = -1;
     first.known = 0;
     first.leave = first.ticket >= batch.chunks;
@@ -350,7 +350,8 @@ FASTBERT_HOST_DEVICE void lamb_step(Block& block, const LambBatch& batch, int ph
     for (int i = 0; i < kSlots; ++i) {
       if (!(now.known >> i & 1)) continue;
       const LambWait wait = now.waits[i];
-      block.apply_kept(batch.tensors[wait.tensor], lamb_part<Block::kChunk>(batch, wait.chunk, wait.tensor), i, now.scales[i]);
+      const LambPart part = lamb_part<Block::kChunk>(batch, wait.chunk, wait.tensor);
+      block.apply_kept(batch.tensors[wait.tensor], part, i, now.scales[i]);
     }
     if (now.known >> kSlots & 1) {
       const LambWait wait = now.waits[kSlots];
@@ -381,8 +382,7 @@ FASTBERT_HOST_DEVICE void lamb_step(Block& block, const LambBatch& batch, int ph
     const LambScalars s = lamb_scalars(group, work.bias + 2 * now.tensor, inv_scale);
     const bool keeps = phases & kApply && group.adapt;
     const bool at_once = phases & kApply && !group.adapt;
-    const LambNorms norms =
-        block.sum(block.moments(s, tensor, part, keeps ? now.slot : -1, at_once, lamb_lr(group)));
+    const LambNorms norms = block.sum(block.moments(s, tensor, part, keeps ? now.slot : -1, at_once, lamb_lr(group)));
     const unsigned ready = block.answer(asked);
     if (!block.leader()) continue;
     lamb_plan(block, batch, now, keeps, ready, claimed);

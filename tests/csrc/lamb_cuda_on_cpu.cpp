@@ -42,7 +42,7 @@ int check(const char* name, std::vector<int> sizes, int offset, std::vector<int>
     run->begin();
     run->batch->found_inf = &found;
   }
-  const Run before = [&] { Run copy(sizes, kCpuChunk, offset); return copy; }();
+  const Run before(sizes, kCpuChunk, offset);
   for (const int part : phases) lamb_cuda(*cuda.batch, part, nullptr);
   lamb_cpu(*cpu.batch, 7, 1, [](int64_t count, const Range& body) { body(0, count); });
   int wrong = std::abs(cuda.total - cpu.total) > 1e-7 * cpu.total;
@@ -68,11 +68,12 @@ int check(const char* name, std::vector<int> sizes, int offset, std::vector<int>
 
 int main() {
   const std::vector<int> small = {1, 7, 0, 255, 256, 257, 2047, 2048, 2049, 5};
-  const std::vector<int> large = {40, 11 * kCudaChunk + 300, 7, 4 * kCudaChunk, 3 * kCudaChunk + 256, 900, kCudaChunk * 9};
+  const std::vector<int> large = {40,  11 * kCudaChunk + 300, 7, 4 * kCudaChunk, 3 * kCudaChunk + 256,
+                                  900, 9 * kCudaChunk};
   int failed = 0;
   for (const bool reverse : {false, true})
     for (const int multiprocessors : {1, 2}) {
-      machine = {multiprocessors, multiprocessors == 1 ? 233472 : 102400, reverse};
+      machine = {multiprocessors, multiprocessors == 1 ? 233472 : reverse ? 102400 : 40000, reverse};
       failed += check("small", small, 0, {7}, false);
       failed += check("large", large, 0, {7}, false);
       failed += check("large, not aligned", large, 1, {7}, false);

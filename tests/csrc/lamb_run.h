@@ -82,11 +82,11 @@ struct Run {
   }
 
  private:
-  // Between -scale and scale, or from 0 on; exact in every type: multiples of scale / 64 with 7 bits, for scale 2^-k.
+  // Between -scale and scale, or from 0 to twice the scale.
   static std::vector<float> numbers(int size, LambType type, float scale, bool positive, int offset) {
     std::vector<float> space(size + offset + 32);
     for (int i = 0; i < size; ++i) {
-      const float value = scale == 0.0f ? 0.0f : std::ldexp((std::rand() % 127 - (positive ? 0 : 63)) / 64.0f, -6) * (scale * 64);
+      const float value = scale * static_cast<float>(std::rand() % 127 - (positive ? 0 : 63)) / 64.0f;
       if (type == kFloat) {
         static_cast<float*>(at(space, kFloat, offset))[i] = value;
         continue;
