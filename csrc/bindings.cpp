@@ -156,7 +156,7 @@ int64_t zeroed_ints(const Batches& batches) {
 
 int64_t work_ints(const Batches& batches) {
   int64_t ints = zeroed_ints(batches);
-  for (const auto& batch : batches) ints += 4 * batch->count + batch->chunks * (4 + 2 + 2);  // see carve
+  for (const auto& batch : batches) ints += 4 * batch->count + static_cast<int64_t>(batch->chunks) * (4 + 2 + 2);  // see carve
   return ints;
 }
 
@@ -233,6 +233,8 @@ Tensor lamb_(Tensors params, Tensors masters, Tensors grads, Tensors exp_avgs, T
   STD_TORCH_CHECK(batches.empty() || params[0].device() == totals.device(), "lamb_: totals is not where params[0] is");
   STD_TORCH_CHECK(totals.numel() == 2 + 2 * static_cast<int64_t>(params.size()), "lamb_: totals has ", totals.numel(),
                   " elements, not two and two for each tensor");
+  STD_TORCH_CHECK(phases >= 1 && phases <= 7 && ((phases & fastbert::kNorm) || workspace.has_value()),
+                  "lamb_: phases is ", phases, ", and those after the norm need its workspace");
   const int64_t ints = work_ints(batches);
   const Tensor memory = workspace.has_value() ? *workspace : torch::stable::new_empty(like, {ints}, ScalarType::Int);
   STD_TORCH_CHECK(memory.numel() == ints && memory.scalar_type() == ScalarType::Int,
@@ -262,7 +264,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastbert, library) {
   library.def(
       "lamb_(Tensor(a!)[] params, Tensor(b!)[] masters, Tensor[] grads, Tensor(c!)[] exp_avgs, "
       "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] steps, Tensor[] lrs, Tensor settings, Tensor? grad_scale, "
-      "Tensor? found_inf, float max_grad_norm, Tensor(f!) totals, Tensor? workspace, int phases) -> Tensor");
+      "Tensor? found_inf, float max_grad_norm, Tensor(f!) totals, Tensor(g!)? workspace, int phases) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastbert, CPU, library) { library.impl("lamb_", TORCH_BOX(&lamb_)); }

@@ -22,7 +22,7 @@ constexpr int kBlocksPerSM = 3;
 constexpr int kWarps = kThreads / 32;
 constexpr int kSlotBytes = kCudaChunk * 2 * sizeof(float);
 static_assert(kPerThread == 8, "a thread has two runs of 4 elements");
-static_assert(sizeof(LambBatch) <= 32764, "the arguments of a kernel");
+static_assert(sizeof(LambBatch) + sizeof(int) <= 32764, "the arguments of a kernel");
 
 struct Values {
   float at[kPerThread];
@@ -93,7 +93,7 @@ __device__ bool is_whole(const LambTensor& t, LambPart part) {
 }
 
 __device__ uint4 neighbours(const void* data, LambPart part) {
-  return __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + part.start) + threadIdx.x);
+  return reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + part.start)[threadIdx.x];
 }
 
 // Elements of a warp that takes 16 bytes at a time.
@@ -168,6 +168,7 @@ class CudaBlock {
     if (threadIdx.x >= 32) return 0;
     const unsigned ready = __ballot_sync(~0u, asked);
     if (ready) fence_acq_rel();
+    __syncwarp();
     return ready;
   }
   __device__ bool is_set(const int* flag) { return load_acquire(flag); }
@@ -366,7 +367,11 @@ lamb_kernel(const __grid_constant__ LambBatch batch, int phases) {
   lamb_run(block, batch, phases);
 }
 
-const char* message(cudaError_t status) { return status == cudaSuccess ? nullptr : cudaGetErrorString(status); }
+const char* message(cudaError_t status) {
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or the next launch of anybody would report it again
+  return cudaGetErrorString(status);
+}
 
 }  // namespace
 

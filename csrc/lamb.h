@@ -153,8 +153,9 @@ FASTBERT_HOST_DEVICE float lamb_inv_scale(const LambBatch& batch) {
   const double sum = *batch.work.total;
   const bool stop = !(sum <= 1.7976931348623157e308) || (batch.found_inf != nullptr && *batch.found_inf != 0.0f);
   const double scale = batch.grad_scale == nullptr ? 1.0 : static_cast<double>(*batch.grad_scale);
+  const bool sound = scale > 0.0 && scale <= 3.4e38;
   const double clip = sqrt(sum) / scale / batch.max_grad_norm;
-  return stop ? NAN : static_cast<float>(1.0 / (scale * (clip > 1.0 ? clip : 1.0)));
+  return stop || !sound ? NAN : static_cast<float>(1.0 / (scale * (clip > 1.0 ? clip : 1.0)));
 }
 
 FASTBERT_HOST_DEVICE int lamb_tensor_of(const LambBatch& batch, int chunk) {

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -20,7 +21,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 # PyTorch's stable ABI as of 2.10; with Python's limited API (py_limited_api in setup.py), one build serves every later
 # torch and every later Python.
@@ -128,8 +128,12 @@ def _library(part: str) -> Path:
     identity = hashlib.sha256(repr((str(torch.__version__), os.uname().machine, part, flags)).encode())
     for path in sorted(FOLDER.glob("*.*")):
         identity.update(path.name.encode() + path.read_bytes())
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    root = os.environ.get("FASTBERT_CACHE") or os.path.join(caches, "fastbert")
+    root = os.environ.get("FASTBERT_CACHE")
+    if not root:
+        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        if not os.path.isabs(caches):  # in the current folder anybody may have left a library
+            raise OSError(f"the cache folder {caches!r} is not an absolute path")
+        root = os.path.join(caches, "fastbert")
     return Path(root).absolute() / identity.hexdigest()[:16] / "_C.so"
 
 
@@ -146,7 +150,11 @@ def _candidates() -> Iterator[Path]:
 
 def _is_whole(library: Path) -> bool:
     """Whether it ends with the digest of the rest, which _compile appends: loading half of one can kill the process."""
-    content = library.read_bytes() if library.is_file() else b""
+    if not library.is_file():
+        return False
+    if (about := library.stat()).st_uid not in (0, os.geteuid()) or about.st_mode & stat.S_IWOTH:
+        raise OSError(f"{library} belongs to another user or can be written by anybody")
+    content = library.read_bytes()
     return content.endswith(hashlib.sha256(content[:-32]).digest())
 
 
@@ -171,7 +179,7 @@ def _compile(part: str) -> str | None:
     from torch.utils import cpp_extension
 
     library, start = _library(part), time.monotonic()
-    (kept := library.parent).mkdir(parents=True, exist_ok=True)
+    (kept := library.parent).mkdir(mode=0o700, parents=True, exist_ok=True)
     print(f"fastbert: compiling its extension for {part}, once, some 20 s; kept in {kept} ...", file=sys.stderr)
     sources = [str(FOLDER / name) for name in SOURCES[part]]
     macros = [f"-D{name}={value}" for name, value in MACROS[part]]
@@ -180,7 +188,7 @@ def _compile(part: str) -> str | None:
     # In a folder of its own, not under torch's lock, for which all would wait for ever once its owner were killed.
     with tempfile.TemporaryDirectory(prefix="build-", dir=kept, ignore_cleanup_errors=True) as folder:
         try:
-            with mock.patch.dict(os.environ, environment):
+            with _environment(**environment):
                 cpp_extension.load("_C", sources, **flags, build_directory=folder, is_python_module=False)
         except Exception as error:  # whatever compiler and loader can do wrong, PyTorch's operations serve instead
             return _report(str(error), kept / "build.log")
@@ -189,6 +197,18 @@ def _compile(part: str) -> str | None:
         os.replace(whole, library)  # of several processes that do this at once, the last one's stays
     print(f"fastbert: compiled in {time.monotonic() - start:.0f} s", file=sys.stderr)
     return None
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """These variables set and no others touched, for other threads read them meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _report(output: str, log: Path) -> str:

@@ -84,15 +84,17 @@ class FusedLAMB(Optimizer):
     A step in which any gradient is not finite changes nothing and is not counted. torch.amp.GradScaler drives it
     without synchronisation: scaler.step(optimizer) straight after backward(), for unscaling and clipping are done here.
     `grad_norm` holds the last norm of all gradients, before clipping, float64 on their device.
-    DTensor parameters (FSDP2) are taken: norms are those of whole tensors.
+    DTensor parameters (FSDP2) are taken: norms are those of whole tensors. The flat parameters of the older
+    FullyShardedDataParallel are not: nothing tells where a tensor ends in them.
 
     state_dict: step, exp_avg, exp_avg_sq and for a master `master` of each parameter. It can be loaded on any device;
     into parameters of another dtype, where fp32 parameters take the values of the masters; and from torch's Adam and
-    AdamW. Load the model's weights first.
+    AdamW, whose lr, betas, eps and weight_decay come along. Load the model's weights first.
     Raises ConfigError, DtypeError, CheckpointError and what fastbert.ops.lamb raises.
     """
 
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf as tensors
+    _loading: dict | None = None  # the state dict that is being loaded, as the hooks before it left it
 
     def __init__(
         self,
@@ -152,14 +154,30 @@ class FusedLAMB(Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restores the state, moments and masters in full precision whatever the dtype of the parameters."""
-        super().load_state_dict(state_dict)  # this casts moments to the dtype of the parameters: they are taken anew
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        self._loading = state_dict
+        last = self.register_load_state_dict_pre_hook(lambda _, seen: setattr(self, "_loading", seen))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+            self._loading = None
+
+    def __setstate__(self, state: dict) -> None:
+        """Called while a state is loaded, between the hooks, and by pickle."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():  # that another optimizer does not have
+                group.setdefault(name, value)
+            self._check_group(group)
+            self._place_lr(group)
+        if self._loading is None:
+            return
+        # The base class has cast moments to the dtype of their parameters: they are taken anew.
+        saved = [index for group in self._loading["param_groups"] for index in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(saved, parameters, strict=True):
-            if index in state_dict["state"]:
-                self.state[p] = self._restored(p, state_dict["state"][index])
-        for group in self.param_groups:
-            self._place_lr(group)
+            if index in self._loading["state"]:
+                self.state[p] = self._restored(p, self._loading["state"][index])
 
     def _lamb_groups(self) -> Iterator[LambGroup]:
         for group in self.param_groups:
@@ -191,8 +209,11 @@ class FusedLAMB(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"] = torch.zeros_like(p, dtype=wide)
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=wide)
+        if self._has_master(p) != ("master" in state):  # new, or of another dtype than before
             if self._has_master(p):
-                state["master"] = p.detach().to(wide, copy=True)
+                state["master"] = p.detach().to(torch.float32, copy=True)
+            else:
+                del state["master"]
         return state
 
     def _restored(self, p: Tensor, saved: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -220,12 +241,13 @@ class FusedLAMB(Optimizer):
         return self.master_weights == "auto" and p.dtype in (torch.float16, torch.bfloat16)
 
     def _place_lr(self, group: dict) -> None:
-        device = group["params"][0].device if group["params"] else None
-        if isinstance(group["lr"], Tensor):
-            if group["lr"].device.type != "cpu":
-                group["lr"] = group["lr"].to(device)
-        elif self.capturable:
-            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
+        if not group["params"]:
+            return
+        device, lr = group["params"][0].device, group["lr"]
+        if self.capturable and not isinstance(lr, Tensor):
+            lr = torch.tensor(float(lr), dtype=torch.float32)
+        if isinstance(lr, Tensor) and (self.capturable or lr.device.type != "cpu"):
+            group["lr"] = lr.to(device)
 
     def _check_group(self, group: dict) -> None:
         lr = group["lr"]

@@ -428,7 +428,7 @@ def lamb_scale(
     """What gradients with this sum of squares are divided by, and whether the step is made: on the CPU a bool, on other
     devices a tensor, which nobody waits for."""
     scale = torch.ones_like(total) if grad_scale is None else grad_scale.double().squeeze()
-    keep = total.isfinite()
+    keep = total.isfinite() & scale.isfinite() & (scale > 0)
     if found_inf is not None:
         keep = keep & (found_inf.squeeze() == 0)
     if max_grad_norm is not None:

@@ -261,6 +261,8 @@ def test_a_captured_step_follows_its_tensors():
         (lambda t: t.__setitem__("totals", torch.zeros(3).double()), "totals has 3 elements"),
         (lambda t: t.__setitem__("settings", torch.zeros(1, 8)), "settings is not a float64 matrix"),
         (lambda t: t["settings"][0].__setitem__(0, 3.0), "settings counts more tensors"),
+        (lambda t: t.__setitem__("phases", 2), "phases is 2, and those after the norm need its workspace"),
+        (lambda t: t.__setitem__("phases", 9), "phases is 9"),
         (lambda t: t.__setitem__("workspace", torch.zeros(3, dtype=torch.int32)), "workspace is not that of"),
     ],
 )
@@ -273,7 +275,7 @@ def test_the_operator_says_what_is_wrong_before_it_writes(spoil, message):
     arguments["totals"] = torch.zeros(6, dtype=torch.float64)
     spoil(arguments)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastbert.lamb_(**arguments, max_grad_norm=1.0, phases=7)
+        torch.ops.fastbert.lamb_(**{"phases": 7} | arguments, max_grad_norm=1.0)
     assert torch.equal(before, group.params[0])
 
 

@@ -256,6 +256,72 @@ def test_takes_over_from_adamw():
     assert optimizer.state[parameters[0]]["step"] == 4
 
 
+def test_another_optimizers_state_leaves_the_settings_it_does_not_have():
+    parameters = make_parameters([(4, 7)])
+    adamw = torch.optim.AdamW(parameters, lr=0.25)
+    give_gradients(parameters, 0)
+    adamw.step()
+    optimizer = FusedLAMB(parameters, always_adapt=True, bias_correction=False)
+    optimizer.load_state_dict(adamw.state_dict())
+    group = optimizer.param_groups[0]
+    assert group["lr"] == 0.25 and group["always_adapt"] and not group["bias_correction"] and group["grad_averaging"]
+
+
+def test_hooks_around_loading_are_obeyed():
+    """One before it may order the states anew; one after it has the last word."""
+    parameters = make_parameters([(4, 7), (4, 7)])
+    optimizer = FusedLAMB(parameters)
+    give_gradients(parameters, 0)
+    optimizer.step()
+    other = FusedLAMB(make_parameters([(4, 7), (4, 7)]))
+
+    def swap(_, state_dict):
+        return state_dict | {"state": {0: state_dict["state"][1], 1: state_dict["state"][0]}}
+
+    def clear(loaded):
+        loaded.state[loaded.param_groups[0]["params"][0]]["exp_avg_sq"] = torch.ones(4, 7)
+
+    other.register_load_state_dict_pre_hook(swap)
+    other.register_load_state_dict_post_hook(clear)
+    other.load_state_dict(optimizer.state_dict())
+    first = other.state[other.param_groups[0]["params"][0]]
+    assert torch.equal(first["exp_avg"], optimizer.state[parameters[1]]["exp_avg"])
+    assert torch.equal(first["exp_avg_sq"], torch.ones(4, 7))
+
+
+def test_a_capturable_rate_stays_on_the_device():
+    meta = [nn.Parameter(torch.zeros(3, device="meta"))]
+    assert FusedLAMB(meta, lr=torch.tensor(0.5), capturable=True).param_groups[0]["lr"].device.type == "meta"
+    optimizer = FusedLAMB(meta, lr=0.5, capturable=True)
+    state = optimizer.state_dict()
+    state["param_groups"][0]["lr"] = torch.tensor(0.25)
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"].device.type == "meta"
+
+
+def test_masters_come_and_go_with_the_dtype_of_the_parameter():
+    (p,) = parameters = make_parameters([(4, 7)])
+    optimizer = FusedLAMB(parameters, lr=0.01)
+    for step, dtype in enumerate([torch.float32, torch.bfloat16, torch.float32]):
+        p.data, p.grad = p.data.to(dtype), None
+        give_gradients(parameters, step)
+        optimizer.step()
+        assert ("master" in optimizer.state[p]) == (dtype == torch.bfloat16)
+    assert optimizer.state[p]["step"] == 3
+
+
+@pytest.mark.parametrize("lr", [float("nan"), torch.ones(2), torch.tensor(0.1, dtype=torch.float64)])
+def test_a_rate_that_makes_no_sense_is_noticed_at_the_step(lr):
+    parameters = make_parameters([(4, 7)])
+    before = parameters[0].detach().clone()
+    optimizer = FusedLAMB(parameters)
+    optimizer.param_groups[0]["lr"] = lr
+    give_gradients(parameters, 0)
+    with pytest.raises(ConfigError, match=r"groups\[0\].lr: got"):
+        optimizer.step()
+    assert torch.equal(parameters[0], before)
+
+
 def test_a_copy_and_a_pickle_go_their_own_way():
     parameters = make_parameters([(4, 7)])
     optimizer = FusedLAMB(parameters, lr=0.01)

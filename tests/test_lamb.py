@@ -273,6 +273,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing(backend, dtype, bad):
     )
 
 
+@pytest.mark.parametrize("backend", ["torch", "cuda"])
+@pytest.mark.parametrize("scale", [0.0, float("inf"), float("nan")])
+def test_a_loss_scale_that_makes_no_sense_makes_no_step(backend, scale):
+    skip_unless_served(backend)
+    made = group_of(**group([30]), step=3)
+    before = made.params[0].clone()
+    lamb([made], grad_scale=torch.tensor(scale), max_grad_norm=1.0, backend=backend)
+    assert torch.equal(made.params[0], before) and made.steps[0] == 2
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_and_small_gradients_that_are_finite_make_a_step(backend, dtype):

@@ -25,7 +25,8 @@ class LambGroup:
     of one element. masters: float32 weights of 16-bit parameters, which are then copies of them; the parameter itself
     where there is none. None: no masters at all.
     lr: a number, or a float32 tensor of one element on the device of the parameters, which a captured CUDA graph reads
-    anew. shards: process groups over which all tensors here are sharded; norms are summed over them.
+    anew. shards: process groups over which all tensors here are sharded; norms are summed over them, on the same
+    backend and with the same groups in all processes.
     """
 
     params: Sequence[Tensor]
@@ -67,7 +68,7 @@ def lamb(
     Formulas: reference.lamb and reference.lamb_scale. All gradients are divided by grad_scale (a tensor of one element)
     and, where their norm G over all groups then exceeds max_grad_norm (None: no limit), by G / max_grad_norm. Where any
     of them is not finite, or found_inf (a tensor of one element) is not 0, nothing is changed, the steps included.
-    On CUDA nothing is waited for, and the call can be captured in a CUDA graph.
+    On CUDA nothing is waited for, and the call can be captured in a CUDA graph. torch.compile leaves it as it is.
 
     Returns G, float64 of one element: infinite or NaN where a gradient was.
 
@@ -84,7 +85,6 @@ def lamb(
         checks.number("max_grad_norm", max_grad_norm, lambda x: x > 0, "None or more than 0")
     for i, group in enumerate(groups):
         _check_tensors(f"groups[{i}]", group)
-        _check_numbers(f"groups[{i}]", group)
     return run(groups, grad_scale=grad_scale, found_inf=found_inf, max_grad_norm=max_grad_norm, backend=backend)
 
 
@@ -97,7 +97,9 @@ def run(
     max_grad_norm: float | None,
     backend: str | None,
 ) -> Tensor:
-    """`lamb` for groups that were made to fit: only the devices are checked."""
+    """`lamb` for tensors that were made to fit: only settings and devices are checked."""
+    for i, group in enumerate(groups):
+        _check_numbers(f"groups[{i}]", group)
     groups = [group for group in groups if group.params]
     tensors = [t for group in groups for name in _LISTS for t in getattr(group, name)]
     devices = dict.fromkeys([t.device for t in tensors])
@@ -109,6 +111,10 @@ def run(
         return torch.zeros((), dtype=torch.float64)
     scalars = {"grad_scale": grad_scale, "found_inf": found_inf}
     scalars = {name: None if t is None else t.to(tensors[0].device, torch.float32) for name, t in scalars.items()}
+    if found_inf is not None:  # of shards, each process may have seen its own
+        scalars["found_inf"] = scalars["found_inf"].clone()
+        for process_group in dict.fromkeys(shard for group in groups for shard in group.shards):
+            dist.all_reduce(scalars["found_inf"], dist.ReduceOp.MAX, group=process_group)
     return _TWINS[name](groups, **scalars, max_grad_norm=max_grad_norm)
 
 
@@ -167,7 +173,7 @@ def _extension_serves(tensors: list[Tensor], _sharded: bool = False) -> str | No
     if tensors and tensors[0].device.type not in ("cuda", "cpu"):
         return f"it does not run on {tensors[0].device}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("fastbert::lamb_", key):
-        return f"the extension was built without its {key} part"
+        return f"the extension was built without its {key} part: install it again where nvcc is, or remove it"
     return None
 
 

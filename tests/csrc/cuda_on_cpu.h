@@ -100,6 +100,7 @@ inline void Block::run() {
 }
 
 inline void __syncthreads() { block_of_thread->barrier(0, block_of_thread->count); }
+inline void __syncwarp() { block_of_thread->barrier(threadIdx.x / 32 + 1, 32); }
 inline void __nanosleep(unsigned) { block_of_thread->yield(); }
 
 inline uint32_t trade(uint32_t value, unsigned from) {
@@ -133,7 +134,6 @@ inline std::atomic<int>& as_atomic(const int* address) {
 }
 inline int atomicAdd(int* counter, int by) { return as_atomic(counter).fetch_add(by, std::memory_order_relaxed); }
 inline double __ldcg(const double* address) { return *address; }
-template <class T> T __ldg(const T* address) { return *address; }
 
 namespace fastbert {
 inline int add_acq_rel(int* counter) { return as_atomic(counter).fetch_add(1, std::memory_order_acq_rel); }
@@ -178,6 +178,7 @@ struct Machine { int multiprocessors = 1, shared = 233472; bool reverse = false;
 inline Machine machine;
 
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
   *value = what == cudaDevAttrMultiProcessorCount ? machine.multiprocessors
