@@ -30,6 +30,7 @@ from fastbert import BertForMaskedLM, EncoderConfig, extension
 from fastbert.backend import use_backend
 from fastbert.optim import FusedLAMB, param_groups
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = [1, 2, 4]
 LIMIT = 30  # seconds that processes wait for each other
 STEPS = 4
@@ -123,14 +124,6 @@ def processes(tmp_path_factory):
     yield get
     for each in made.values():
         each.stop()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["torch", "cuda"])

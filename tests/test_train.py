@@ -25,15 +25,8 @@ from fastbert.train import PretrainConfig, fill, pretrain, state
 ROOT = Path(__file__).parent.parent
 training = import_module("fastbert.train.pretrain")  # the name in fastbert.train is the function
 TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+pytestmark = pytest.mark.usefixtures("one_thread")
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_text(path, documents=60, seed=0):

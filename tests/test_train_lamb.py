@@ -12,13 +12,7 @@ from fastbert.errors import ConfigError, FastBertError
 from fastbert.optim import FusedLAMB, schedule
 from fastbert.train import PretrainConfig, pretrain, state
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def lamb_config(data, out, **changes):  # noqa: F811
