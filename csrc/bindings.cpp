@@ -154,9 +154,9 @@ int64_t zeroed_ints(const Batches& batches) {
   return (ints + 3) / 4 * 4;
 }
 
-int64_t work_ints(const Batches& batches) {
+int64_t work_ints(const Batches& batches) {  // at least what carve takes
   int64_t ints = zeroed_ints(batches);
-  for (const auto& batch : batches) ints += 4 * batch->count + static_cast<int64_t>(batch->chunks) * (4 + 2 + 2);  // see carve
+  for (const auto& batch : batches) ints += 4 * batch->count + static_cast<int64_t>(batch->chunks) * (4 + 2 + 2);
   return ints;
 }
 

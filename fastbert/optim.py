@@ -7,11 +7,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastbert.errors import CheckpointError, ConfigError, DtypeError
-from fastbert.ops.lamb import LambGroup, check_settings, run
+from fastbert.ops.lamb import LISTS, LambGroup, check_settings, run
 
 SCHEDULES = ("linear", "poly", "nezha", "constant")
 OPTIMIZERS = ("adamw", "lamb")
-_LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "masters")  # of a LambGroup
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
@@ -196,10 +195,10 @@ class FusedLAMB(Optimizer):
                 if tensors[1].stride() != tensors[0].stride():
                     tensors[1] = tensors[1].contiguous()
                 sharded.setdefault(shards, []).append(tensors)
-            fields = LambGroup.__dataclass_fields__.keys() - _LISTS
+            fields = LambGroup.__dataclass_fields__.keys() - LISTS
             settings = {key: value for key, value in group.items() if key in fields}
             for shards, rows in sharded.items():
-                lists = dict(zip(_LISTS, map(list, zip(*rows, strict=True)), strict=True))
+                lists = dict(zip(LISTS, map(list, zip(*rows, strict=True)), strict=True))
                 yield LambGroup(**settings, **lists, shards=shards)
 
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from fastbert.errors import ConfigError, DtypeError, ShapeError
 from fastbert.ops import checks
 
 _NORM, _MOMENTS, _APPLY = 1, 2, 4  # LambPhase of csrc/lamb.h
-_LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "masters")
+LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "masters")  # of tensors, in a LambGroup
 
 
 @dataclass(kw_only=True)
@@ -101,7 +101,7 @@ def run(
     for i, group in enumerate(groups):
         _check_numbers(f"groups[{i}]", group)
     groups = [group for group in groups if group.params]
-    tensors = [t for group in groups for name in _LISTS for t in getattr(group, name)]
+    tensors = [t for group in groups for name in LISTS for t in getattr(group, name)]
     devices = dict.fromkeys([t.device for t in tensors])
     if len(devices) > 1:
         names = ", ".join(map(str, devices))
@@ -119,7 +119,7 @@ def run(
 
 
 def _check_tensors(where: str, group: LambGroup) -> None:
-    for name in _LISTS:
+    for name in LISTS:
         tensors = getattr(group, name)
         checks.lists(**{f"{where}.{name}": tensors})
         if len(tensors) != len(group.params):
@@ -186,7 +186,7 @@ class _Extension:
 
     def __init__(self, groups: list[LambGroup], scalars: dict, max_grad_norm: float | None):
         self.shards = groups[0].shards
-        lists = {name: [t for group in groups for t in getattr(group, name)] for name in _LISTS}
+        lists = {name: [t for group in groups for t in getattr(group, name)] for name in LISTS}
         lrs, rows = [], []
         for group in groups:
             on_device = isinstance(group.lr, Tensor) and group.lr.device == group.params[0].device
@@ -199,7 +199,7 @@ class _Extension:
         self.arguments = lists | {"lrs": lrs} | scalars
         self.max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
         self.workspace = None
-        self.changed = [lists[name] for name in _LISTS if name != "grads"]
+        self.changed = [lists[name] for name in LISTS if name != "grads"]
 
     def run(self, phases: int) -> None:
         self.workspace = torch.ops.fastbert.lamb_(
