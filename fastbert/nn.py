@@ -6,29 +6,51 @@ All take rows `[T, C]` of packed tokens (with `cu_seqlens`, `max_seqlen`) or den
 the op.
 """
 
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastbert import ops
 from fastbert.config import EncoderConfig
+from fastbert.ops.shared_linear import SharedWeight
 
 _GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
 _OTHER = {"relu": F.relu, "silu": F.silu, "swish": F.silu}
 
 
-def _linear_activation(x: Tensor, linear: nn.Module, hidden_act: str) -> Tensor:
-    if hidden_act not in _GELU:
-        return _OTHER[hidden_act](linear(x))
-    if _is_plain(linear):
-        return ops.bias_gelu(F.linear(x, linear.weight), linear.bias, approximate=_GELU[hidden_act])
-    return F.gelu(linear(x), approximate=_GELU[hidden_act])
+class Weights:
+    """How a layer gets at its weights. This is the usual way: as its modules have them."""
+
+    def linear(self, x: Tensor, *modules: nn.Module) -> Sequence[Tensor]:
+        """What each of the modules, linear layers, makes of x."""
+        return [module(x) for module in modules]
+
+    def activated(self, x: Tensor, module: nn.Module, hidden_act: str) -> Tensor:
+        """act(x W' + b)."""
+        if hidden_act not in _GELU:
+            return _OTHER[hidden_act](module(x))
+        if is_plain(module, nn.Linear):
+            return ops.bias_gelu(F.linear(x, module.weight), module.bias, approximate=_GELU[hidden_act])
+        return F.gelu(module(x), approximate=_GELU[hidden_act])
+
+    def vector(self, parameter: Tensor) -> Tensor:
+        """A weight or bias `[C]` that is not multiplied by a matrix."""
+        return parameter
 
 
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether a call is nothing but x W' + b: not replaced, wrapped (adapter, quantisation, sharding) or hooked."""
-    return type(linear) is nn.Linear and not (
-        linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+MODULES = Weights()
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call does just what `kind` does: not replaced, wrapped (adapter, quantisation, sharding) or hooked."""
+    return type(module) is kind and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
@@ -84,10 +106,11 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, **sequences) -> Tensor:
-        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.query, self.key, self.value))
+    def forward(self, x: Tensor, weights: Weights = MODULES, **sequences) -> Tensor:
+        projected = weights.linear(x, self.query, self.key, self.value)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in projected)
         o = self.attend(q, k, v, dropout_p=self.dropout_p if self.training else 0.0, **sequences)
-        return self.output(o.flatten(-2))
+        return weights.linear(o.flatten(-2), self.output)[0]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **arguments) -> Tensor:
         return ops.attention(q, k, v, **arguments)
@@ -130,15 +153,74 @@ class EncoderLayer(nn.Module):
         self.output = nn.Linear(config.intermediate_size, config.hidden_size)
         self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor, **sequences) -> Tensor:
-        y = self._add_norm(self.attention(x, **sequences), x, self.attention_norm)
-        return self._add_norm(
-            self.output(_linear_activation(y, self.intermediate, self.hidden_act)), y, self.output_norm
-        )
+    def forward(self, x: Tensor, weights: Weights = MODULES, **sequences) -> Tensor:
+        given = {} if weights is MODULES else {"weights": weights}
+        y = self._add_norm(self.attention(x, **given, **sequences), x, self.attention_norm, weights)
+        h = weights.activated(y, self.intermediate, self.hidden_act)
+        return self._add_norm(weights.linear(h, self.output)[0], y, self.output_norm, weights)
 
-    def _add_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+    def _add_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm, weights: Weights) -> Tensor:
         dropout_p = self.dropout_p if self.training else 0.0
-        return ops.dropout_add_layer_norm(x, residual, norm.weight, norm.bias, eps=norm.eps, dropout_p=dropout_p)
+        weight, bias = weights.vector(norm.weight), weights.vector(norm.bias)
+        return ops.dropout_add_layer_norm(x, residual, weight, bias, eps=norm.eps, dropout_p=dropout_p)
+
+
+class SharedWeights(Weights):
+    """The weights of a layer in one of the applications that share them, by ops.shared_linear: copied once, their
+    gradients summed in float32 over all applications. `total` goes from one application to the next.
+    """
+
+    def __init__(self, linears: Mapping[tuple[nn.Module, ...], SharedWeight], vectors: Mapping[Tensor, Tensor], total):
+        self.linears, self.vectors, self.total = linears, vectors, total
+
+    @classmethod
+    def of(cls, layer: "EncoderLayer") -> "SharedWeights | None":
+        """Those of a layer for one forward pass, or None if its modules must be called one by one or are not all to be
+        trained."""
+        attention = layer.attention
+        if type(layer) is not EncoderLayer or type(attention) not in _ATTENTION.values():
+            return None
+        together = [(attention.query, attention.key, attention.value), (attention.output,)]
+        together += [(layer.intermediate,), (layer.output,)]
+        norms = (layer.attention_norm, layer.output_norm)
+        modules = list(chain.from_iterable(together))
+        if not all(is_plain(m, nn.Linear) for m in modules) or not all(is_plain(m, nn.LayerNorm) for m in norms):
+            return None
+        parameters = [p for module in (*modules, *norms) for p in (module.weight, module.bias)]
+        if not all(type(p) is nn.Parameter and p.requires_grad for p in parameters):
+            return None
+        groups = [([m.weight for m in group], [m.bias for m in group]) for group in together]
+        lone = [p for norm in norms for p in (norm.weight, norm.bias)]
+        if layer.hidden_act in _GELU:  # whose op adds the bias
+            lone += groups[2][1]
+            groups[2] = (groups[2][0], [])
+        found, total = ops.share(_product_dtype(layer.intermediate.weight), groups)
+        return cls(dict(zip(together, found, strict=True)), {p: ops.widened(p) for p in lone}, total)
+
+    def again(self, total: Tensor) -> "SharedWeights":
+        """The same for another application."""
+        return SharedWeights(self.linears, self.vectors, total)
+
+    def linear(self, x: Tensor, *modules: nn.Module) -> Sequence[Tensor]:
+        y, self.total = ops.shared_linear(x, self.linears[modules], self.total)
+        return y.split([module.out_features for module in modules], dim=-1)
+
+    def activated(self, x: Tensor, module: nn.Module, hidden_act: str) -> Tensor:
+        (product,) = self.linear(x, module)
+        if hidden_act not in _GELU:
+            return _OTHER[hidden_act](product)
+        return ops.bias_gelu(product, self.vector(module.bias), approximate=_GELU[hidden_act])
+
+    def vector(self, parameter: Tensor) -> Tensor:
+        return self.vectors[parameter]
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """What F.linear multiplies in."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 class Encoder(nn.Module):
@@ -146,6 +228,16 @@ class Encoder(nn.Module):
 
     Application i runs the `inner_group_num` layers of group `i * num_hidden_groups // num_hidden_layers`, in integers:
     the floating-point form in other implementations picks another group for some pairs, such as 18 layers in 14 groups.
+
+    While it is trained, a layer that is applied more than once has its weights copied once per forward pass, in the
+    dtype they are multiplied in, query, key and value side by side, and the gradient of each weight is summed in
+    float32 over all applications in one buffer, by the matrix product itself (ops.shared_linear says how and why). That
+    buffer is what autograd hands to the parameters, so optimizers, gradient scalers and DDP see one gradient per
+    tensor; parameters in 16 bits keep it in float32 if `optim.main_gradients` asked for it. Where a linear layer or a
+    norm is replaced, hooked, frozen or sharded by itself, the layer's modules are called instead, one by one.
+
+    gradient_checkpointing: keep only the input of each application for the backward pass and compute the rest again;
+    in training mode.
     """
 
     def __init__(self, config: EncoderConfig):
@@ -154,6 +246,7 @@ class Encoder(nn.Module):
         groups = config.num_hidden_groups or count
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(groups * inner))
         self.applications = [[i * groups // count * inner + j for j in range(inner)] for i in range(count)]
+        self.gradient_checkpointing = False
 
     def forward(
         self, x: Tensor, *, output_hidden_states: bool = False, **sequences
@@ -162,12 +255,38 @@ class Encoder(nn.Module):
         of num_hidden_layers + 1.
         """
         states = [x] if output_hidden_states else None
+        shared = self._shared()
         for application in self.applications:
             for index in application:
-                x = self.layers[index](x, **sequences)
+                x = self._apply_layer(self.layers[index], x, shared.get(index), sequences)
             if states is not None:
                 states.append(x)
         return x, states
+
+    def _shared(self) -> dict[int, SharedWeights]:
+        """The shared weights of this forward pass, by the index of the layer."""
+        if not torch.is_grad_enabled():
+            return {}
+        times = Counter(chain.from_iterable(self.applications))
+        found = {index: SharedWeights.of(self.layers[index]) for index, count in times.items() if count > 1}
+        return {index: weights for index, weights in found.items() if weights is not None}
+
+    def _apply_layer(self, layer: nn.Module, x: Tensor, shared: SharedWeights | None, sequences: dict) -> Tensor:
+        checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        run = partial(checkpoint, use_reentrant=False) if checkpointed else _call
+        if shared is None:
+            return run(layer, x, **sequences)
+
+        def apply(x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+            weights = shared.again(total)
+            return layer(x, weights, **sequences), weights.total
+
+        x, shared.total = run(apply, x, shared.total)
+        return x
+
+
+def _call(function: Callable, *arguments, **named):
+    return function(*arguments, **named)
 
 
 class MaskedLMHead(nn.Module):
@@ -188,7 +307,7 @@ class MaskedLMHead(nn.Module):
 
     def transform(self, h: Tensor) -> Tensor:
         """`[..., C]` -> `[..., E]`: all but the decoder."""
-        return self.norm(_linear_activation(h, self.dense, self.hidden_act))
+        return self.norm(MODULES.activated(h, self.dense, self.hidden_act))
 
     def forward(self, h: Tensor, word_embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
@@ -212,7 +331,7 @@ class DiscriminatorHead(nn.Module):
         self.prediction = nn.Linear(config.hidden_size, 1)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.prediction(_linear_activation(h, self.dense, self.hidden_act)).squeeze(-1)
+        return self.prediction(MODULES.activated(h, self.dense, self.hidden_act)).squeeze(-1)
 
 
 class Pooler(nn.Module):

@@ -1,6 +1,6 @@
 """The LAMB optimizer, parameter groups and learning-rate schedules."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,19 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [parameter for parameter in decayed if parameter not in exempt], "weight_decay": weight_decay},
         {"params": list(exempt), "weight_decay": 0.0},
     ]
+
+
+def main_gradients(parameters: Iterable[Tensor]) -> None:
+    """Have 16-bit parameters keep their gradients in float32: from now on backward() adds to a float32 `.grad`, and a
+    shared layer's buffer (fastbert.nn.Encoder) becomes it as it is, without a rounding.
+
+    FusedLAMB reads such gradients directly, and GradScaler takes them, also those of fp16 parameters. Parameters of
+    other dtypes are left alone: their gradients are not narrower than they are. DistributedDataParallel, whose buckets
+    have the parameters' dtype, refuses such gradients in backward(); there, train float32 parameters under autocast.
+    """
+    for parameter in parameters:
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.grad_dtype = torch.float32
 
 
 def schedule(name: str, *, steps: int, warmup: float = 0, degree: float = 0.5) -> Callable[[int], float]:

@@ -8,6 +8,7 @@ from fastbert.ops.lamb import LambGroup, lamb
 from fastbert.ops.linear_cross_entropy import linear_cross_entropy
 from fastbert.ops.relative_attention import relative_attention
 from fastbert.ops.rotary_attention import rotary_attention
+from fastbert.ops.shared_linear import share, shared_linear, widened
 
 __all__ = [
     "LambGroup",
@@ -19,4 +20,7 @@ __all__ = [
     "linear_cross_entropy",
     "relative_attention",
     "rotary_attention",
+    "share",
+    "shared_linear",
+    "widened",
 ]

@@ -137,6 +137,9 @@ class RunOptions(Options):
     )
     device: str = option("auto", "auto: a GPU if there is one, else the CPU")
     threads: int | None = option(None, "CPU threads; if not given, as torch decides", least=1)
+    gradient_checkpointing: bool = option(
+        False, "compute activations again in the backward pass: less memory, a third more arithmetic"
+    )
     log_every: int = option(50, "steps between records in the log", least=1)
     validate_every: int = option(500, "steps between validations; 0: only at the end", least=0)
     validation_samples: int = option(2048, "validate on at most this many samples; 0: no validation", least=0)

@@ -122,6 +122,8 @@ class Trainer:
         self.lr = lambda step: config.lr * factor(step)
         torch.manual_seed(config.seed)
         self.model = setup.build_model(config, self.tokenizer, resumed).to(device).train()
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
         self.parallel = self.world.parallel(self.model)
         self.optimizer = setup.optimizer(config, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast == torch.float16)
