@@ -18,10 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fastbert import ops
 from fastbert.config import EncoderConfig
+from fastbert.ops.encoder_layers import ACTIVATIONS
 from fastbert.ops.shared_linear import SharedWeight
 
-_GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
-_OTHER = {"relu": F.relu, "silu": F.silu, "swish": F.silu}
+_GELU = {name: form for name, form in ACTIVATIONS.items() if form in ("none", "tanh")}
+_OTHER = {name: getattr(F, function) for name, function in ACTIVATIONS.items() if name not in _GELU}
 
 
 class Weights:

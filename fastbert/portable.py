@@ -237,6 +237,30 @@ def embedding_layer_norm(
     return _dropout(_layer_norm(x, weight, bias, eps).to(x.dtype), dropout_p, seed)
 
 
+def encoder_layers(
+    x: Tensor,
+    layers: Sequence,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    heads: int,
+    act: str,
+    eps: float,
+    every: bool = False,
+) -> list[Tensor]:
+    """See reference.encoder_layers."""
+    results = []
+    for w in layers:
+        qkv = F.linear(x, w.qkv, w.qkv_bias.to(x.dtype)).unflatten(-1, (3, heads, -1))
+        o = F.linear(attend(*qkv.unbind(-3)).flatten(-2), w.output, w.output_bias.to(x.dtype))
+        y = dropout_add_layer_norm(o, x, w.attention_norm, w.attention_norm_bias, eps=eps)
+        h = F.linear(y, w.up, w.up_bias.to(x.dtype))
+        h = F.gelu(h, approximate=act) if act in ("none", "tanh") else getattr(F, act)(h)
+        h = F.linear(h, w.down, w.down_bias.to(x.dtype))
+        x = dropout_add_layer_norm(h, y, w.output_norm, w.output_norm_bias, eps=eps)
+        results.append(x)
+    return results if every else results[-1:]
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -316,7 +340,7 @@ def _cross_entropy(
             chunk = slice(first, first + size)
             z = logits[: len(h) - first]
             z.zero_() if bias is None else z.copy_(bias)
-            _add_product(z, h[chunk], w.T)
+            add_product(z, h[chunk], w.T)
             torch.log_softmax(z, -1, out=z)
             picked = z.gather(1, labels[chunk])
             loss.sub_(picked.sum(), alpha=scale)
@@ -326,9 +350,9 @@ def _cross_entropy(
                     grad_b.add_(g.sum(0), alpha=scale)
                 g = g.to(dtype)
                 if grad_h is not None:
-                    _add_product(grad_h[chunk], g, w, scale)
+                    add_product(grad_h[chunk], g, w, scale)
                 if grad_w is not None:
-                    _add_product(grad_w, g.T, h[chunk], scale)
+                    add_product(grad_w, g.T, h[chunk], scale)
     if grad_h is not None:
         grad_h = torch.zeros_like(hidden, dtype=wide).index_copy_(0, rows, grad_h)
     return loss, grad_h, grad_w, grad_b
@@ -374,12 +398,14 @@ def _scale_gradients(ctx, grad_loss, *_):
 _cross_entropy_op.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
-    """total += scale a @ b; a product of 16-bit operands is not rounded before it is added to the float32 total."""
+def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """total += scale a @ b; a product of 16-bit operands is not rounded before it is added to a float32 total."""
     if a.dtype == total.dtype:
         total.addmm_(a, b, alpha=scale)
+    elif a.is_cuda:  # sums in float32 in the matrix unit, and straight on in memory
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, alpha=scale, out=total)
     else:
-        total.add_(torch.mm(a, b, out_dtype=total.dtype), alpha=scale)
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), alpha=scale)
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
@@ -412,79 +438,3 @@ def _dropout(x: Tensor, p: float, seed: int | None, residual: Tensor | None = No
         x = F.dropout(x, p)
         return x if residual is None else residual + x
     return torch.addcmul(x.new_zeros(()) if residual is None else residual, x, kept.to(x.dtype), value=scale)
-
-
-# ---------------------------------------------------------------- optimizer
-
-
-def lamb_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The sum of squares of all gradients, float64."""
-    return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads]).square().sum()
-
-
-def lamb_scale(
-    total: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None, max_grad_norm: float | None
-) -> tuple[Tensor, Tensor | bool]:
-    """What gradients with this sum of squares are divided by, and whether the step is made: on the CPU a bool, on other
-    devices a tensor, which nobody waits for."""
-    scale = torch.ones_like(total) if grad_scale is None else grad_scale.double().squeeze()
-    keep = total.isfinite() & scale.isfinite() & (scale > 0)
-    if found_inf is not None:
-        keep = keep & (found_inf.squeeze() == 0)
-    if max_grad_norm is not None:
-        scale = scale * (total.sqrt() / scale / max_grad_norm).clamp(min=1.0)
-    return scale, bool(keep) if total.device.type == "cpu" else keep
-
-
-def lamb_moments(group, scale: Tensor) -> tuple[list[Tensor], tuple, Tensor]:
-    """The updates u, the new moments, and sums of squares [tensors, 2] of weights and updates, float64, of a LambGroup.
-    On the CPU the moments are changed in place."""
-    b1, b2 = group.betas
-    weights, moments = group.masters, (group.exp_avgs, group.exp_avg_sqs)
-    if scale.device.type != "cpu":
-        moments = tuple([t.clone() for t in tensors] for tensors in moments)
-    m, v = moments
-    grads = torch._foreach_div([g.to(t.dtype) for g, t in zip(group.grads, m, strict=True)], _number(scale))
-    # m += b3 g - (1 - b1) m, and v likewise: 0.999 in float32 would make v 1.3e-5 too large in the long run
-    torch._foreach_lerp_(m, grads, 1 - b1)
-    if not group.grad_averaging:
-        torch._foreach_add_(m, grads, alpha=b1)
-    torch._foreach_lerp_(v, torch._foreach_mul(grads, grads), 1 - b2)
-    # u = m / (correction1 (sqrt(v / correction2) + eps)) + weight_decay p
-    denominators, steps = torch._foreach_sqrt(v), [_number(step.double()) + 1 for step in group.steps]
-    if group.bias_correction:
-        first, second = [1 - b1**t for t in steps], [1 - b2**t for t in steps]
-        torch._foreach_mul_(denominators, [a / b**0.5 for a, b in zip(first, second, strict=True)])
-        torch._foreach_add_(denominators, [a * group.eps for a in first])
-    else:
-        torch._foreach_add_(denominators, group.eps)
-    updates = torch._foreach_div(m, denominators)
-    if group.weight_decay != 0:
-        wide = [w.to(u.dtype) for w, u in zip(weights, updates, strict=True)]
-        torch._foreach_add_(updates, wide, alpha=group.weight_decay)
-    norms = [torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in ts]) for ts in (weights, updates)]
-    return updates, moments, torch.stack(norms, dim=1).square()
-
-
-def lamb_apply(group, updates: list[Tensor], moments: tuple, sums: Tensor, keep: Tensor | bool) -> None:
-    """The rest of the step, from the sums over whole tensors: where `keep`, everything takes its new value."""
-    weights = group.masters
-    ratios = torch.where((sums == 0).any(1), 1.0, (sums[:, 0] / sums[:, 1]).sqrt())
-    scales = _number(group.lr) * (ratios if group.adapts else torch.ones_like(ratios))
-    torch._foreach_mul_(updates, [_number(scale) for scale in scales.unbind()])
-    new = [w - u for w, u in zip(weights, updates, strict=True)]
-    if keep is True:
-        torch._foreach_copy_(weights, new)
-        torch._foreach_add_(group.steps, 1)
-    else:
-        for old, values in zip((weights, group.exp_avgs, group.exp_avg_sqs), (new, *moments), strict=True):
-            torch._foreach_copy_(old, [torch.where(keep, b, a) for a, b in zip(old, values, strict=True)])
-        torch._foreach_add_(group.steps, keep.float())
-    for p, w in zip(group.params, weights, strict=True):
-        if w is not p:
-            p.copy_(w)
-
-
-def _number(x: Tensor | float) -> Tensor | float:
-    """A number, where reading it does not mean waiting for a device."""
-    return x.item() if isinstance(x, Tensor) and x.device.type == "cpu" else x

@@ -266,6 +266,41 @@ def embedding_layer_norm(
     return dropout(layer_norm(x, weight, bias, eps), dropout_p, seed)
 
 
+def encoder_layers(
+    x: Tensor,
+    layers: Sequence,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    heads: int,
+    act: str,
+    eps: float,
+    every: bool = False,
+) -> list[Tensor]:
+    """The results of post-LN layers one after another, without dropout, of every one or of the last:
+
+        y = LN(x + Wo attention(Wq x, Wk x, Wv x)),  z = LN(y + Wdown act(Wup y)),  and z is the next layer's x.
+
+    x [..., C]; layers: an ops.encoder_layers.LayerWeights for each application, so a shared layer's time and again.
+    act: "none" or "tanh", the forms of gelu (see `bias_gelu`), "relu" or "silu".
+
+    Devlin et al., BERT (2018), arXiv 1810.04805, section 3; Lan et al., ALBERT (2019), arXiv 1909.11942, section 3.1:
+    one layer's weights in all applications.
+    """
+    results = []
+    for w in layers:
+        qkv = (x @ w.qkv.T + w.qkv_bias.to(x.dtype)).unflatten(-1, (3, heads, -1))
+        o = attend(*qkv.unbind(-3)).flatten(-2) @ w.output.T + w.output_bias.to(x.dtype)
+        y = layer_norm(x + o, w.attention_norm, w.attention_norm_bias, eps)
+        h, bias = y @ w.up.T, w.up_bias.to(x.dtype)
+        if act in ("none", "tanh"):
+            h = bias_gelu(h, bias, approximate=act)
+        else:
+            h = {"relu": torch.relu, "silu": torch.nn.functional.silu}[act](h + bias)
+        x = layer_norm(y + (h @ w.down.T + w.down_bias.to(x.dtype)), w.output_norm, w.output_norm_bias, eps)
+        results.append(x)
+    return results if every else results[-1:]
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

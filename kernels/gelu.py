@@ -34,7 +34,7 @@ _P5 = tl.constexpr(-0.11416554416372389)
 
 
 @triton.jit
-def _weight_and_slope(z, TANH: tl.constexpr):
+def weight_and_slope(z, TANH: tl.constexpr):
     """w = gelu(z) / z, and its derivative by z. Both forms take the tail at -|z|, which neither cancels nor overflows,
     and mirror it."""
     if TANH:
@@ -74,7 +74,7 @@ def _forward_kernel(
     # [BLOCK_M, BLOCK_N]
     b_x = tl.load(p_x + o_row[:, None] * stride_x + o_column[None, :], mask=mask, other=0).to(tl.float32)
     b_z = b_x + b_bias[None, :]
-    b_w, _ = _weight_and_slope(b_z, TANH)
+    b_w, _ = weight_and_slope(b_z, TANH)
     tl.store(p_y + o_row[:, None] * columns + o_column[None, :], (b_z * b_w).to(p_y.dtype.element_ty), mask=mask)
 
 
@@ -96,7 +96,7 @@ def _backward_kernel(
         b_dy = tl.load(p_dy + o_row[:, None] * stride_dy + o_column[None, :], mask=mask, other=0).to(tl.float32)
         b_x = tl.load(p_x + o_row[:, None] * stride_x + o_column[None, :], mask=mask, other=0).to(tl.float32)
         b_z = b_x + b_bias[None, :]
-        b_w, b_slope = _weight_and_slope(b_z, TANH)
+        b_w, b_slope = weight_and_slope(b_z, TANH)
         b_dx = b_dy * (b_w + b_z * b_slope)
         tl.store(p_dx + o_row[:, None] * columns + o_column[None, :], b_dx.to(p_dx.dtype.element_ty), mask=mask)
         b_sum += tl.sum(b_dx, axis=0)

@@ -2,7 +2,6 @@
 copies whose gradients are summed."""
 
 import copy
-import importlib
 import socket
 
 import pytest
@@ -13,15 +12,13 @@ from hypothesis import strategies as st
 from test_models import batch, build
 
 import fastbert
-from fastbert import ops
+from fastbert import ops, portable
 from fastbert.errors import DtypeError, ShapeError
 from fastbert.nn import Encoder
-
 from fastbert.optim import FusedLAMB, main_gradients, param_groups
 from fastbert.testing import compare
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-MODULE = importlib.import_module("fastbert.ops.shared_linear")  # the package has the function by that name
 LAYER = "model.encoder.layers.0"
 
 
@@ -180,13 +177,13 @@ def test_16_bit_gradients(device, dtype, autocast, monkeypatch):
     wide.load_state_dict(narrow.state_dict())
     yardstick = copy.deepcopy(narrow)
     main_gradients(narrow.parameters())
-    products, add = {}, MODULE.add_product
+    products, add = {}, portable.add_product
 
     def record(total, a, b):
         products.setdefault(total.data_ptr(), []).append((a.clone(), b.clone()))
         add(total, a, b)
 
-    monkeypatch.setattr(MODULE, "add_product", record)
+    monkeypatch.setattr(portable, "add_product", record)
     truth = gradients(wide)
     products.clear()
     with torch.autocast(device, dtype, enabled=autocast):

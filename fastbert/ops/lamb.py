@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastbert import extension, portable, reference
+from fastbert import extension, portable_lamb, reference
 from fastbert.backend import pick, serves
 from fastbert.errors import ConfigError, DtypeError, ShapeError
 from fastbert.ops import checks
@@ -234,14 +234,14 @@ def _extension(groups: list[LambGroup], *, max_grad_norm: float | None, **scalar
 def _portable(groups: list[LambGroup], *, grad_scale, found_inf, max_grad_norm: float | None) -> Tensor:
     totals = []
     for alike in _by_shards(groups):
-        totals.append(portable.lamb_norm([g for group in alike for g in group.grads]))
+        totals.append(portable_lamb.lamb_norm([g for group in alike for g in group.grads]))
         _sum_over(alike[0].shards, totals[-1])
     total = torch.stack(totals).sum()
-    scale, keep = portable.lamb_scale(total, grad_scale, found_inf, max_grad_norm)
+    scale, keep = portable_lamb.lamb_scale(total, grad_scale, found_inf, max_grad_norm)
     for group in groups if keep is not False else ():
-        updates, moments, sums = portable.lamb_moments(group, scale)
+        updates, moments, sums = portable_lamb.lamb_moments(group, scale)
         _sum_over(group.shards, sums)
-        portable.lamb_apply(group, updates, moments, sums, keep)
+        portable_lamb.lamb_apply(group, updates, moments, sums, keep)
     return _norm(total, grad_scale)
 
 

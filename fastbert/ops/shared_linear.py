@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbert import portable
 from fastbert.errors import ShapeError
 from fastbert.ops import checks
 
@@ -156,20 +157,10 @@ class _SharedLinear(torch.autograd.Function):
             total = dy.new_zeros(ctx.size, dtype=ctx.dtype)
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         end = ctx.start + weight.numel()
-        add_product(total[ctx.start : end].view(weight.shape), dy.t(), x)
+        portable.add_product(total[ctx.start : end].view(weight.shape), dy.t(), x)
         if ctx.has_bias:
             total[end : end + len(weight)] += dy.sum(0, dtype=ctx.dtype)
         return dx, None, None, None, total
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, summed in total's dtype, which is that of a and b or a wider one."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:  # 16-bit operands, float32 in the matrix unit and in memory
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def _stand_in(like: Tensor, dtype: torch.dtype, size: int) -> Tensor:

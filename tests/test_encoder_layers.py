@@ -1,0 +1,155 @@
+"""ops.encoder_layers: every backend against the reference, what it shares with the modules, and bad input."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fastbert import ops, reference
+from fastbert.errors import BackendError, ConfigError, DtypeError, ShapeError
+from fastbert.ops.encoder_layers import ACTIVATIONS, LayerWeights
+from fastbert.testing import compare
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+BACKENDS = ["torch", "reference", "triton"]
+SIXTEEN = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]  # the interpreter multiplies bfloat16 wrongly
+
+
+def draw_layer(width, inner, dtype, generator, narrow_vectors=False):
+    def draw(*shape, scale=1.0, shift=0.0):
+        return torch.randn(shape, generator=generator, dtype=torch.float64) * scale + shift
+
+    matrices = {"qkv": (3 * width, width), "output": (width, width), "up": (inner, width), "down": (width, inner)}
+    weights = {}
+    for name in LayerWeights._fields:
+        if name in matrices:
+            weights[name] = draw(*matrices[name], scale=matrices[name][1] ** -0.5).to(DEVICE, dtype)
+        else:
+            size = {"qkv_bias": 3 * width, "up_bias": inner}.get(name, width)
+            shift = 1.0 if name.endswith("norm") else 0.0
+            weights[name] = draw(size, scale=0.3, shift=shift).to(DEVICE, dtype if narrow_vectors else torch.float32)
+    return LayerWeights(**weights)
+
+
+def attention(q, k, v, **sequences):
+    return reference.attention(q, k, v, **sequences)
+
+
+def call(function, x, layers, applications, attend=attention, **options):
+    weights = [LayerWeights(*layers[index]) for index in applications]
+    return function(x, weights, attend, **options)
+
+
+def written_out(x, layers, applications, *, hidden_act, attend=attention, **options):
+    return call(reference.encoder_layers, x, layers, applications, attend, act=ACTIVATIONS[hidden_act], **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(
+    rows=st.sampled_from([(1,), (3,), (2, 5), (17,), (40,), (1, 70)]),
+    heads=st.integers(1, 3),
+    head_dim=st.sampled_from([5, 8, 16, 26]),
+    inner=st.integers(1, 150),
+    applications=st.sampled_from([[0], [0, 0], [0, 1], [0, 1, 1]]),
+    hidden_act=st.sampled_from(sorted(ACTIVATIONS)),
+    eps=st.sampled_from([1e-12, 1e-5]),
+    every=st.booleans(),
+    dtype=st.sampled_from([torch.float32, *SIXTEEN]),
+    narrow=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+@example((40,), 4, 64, 1024, [0, 0], "gelu", 1e-12, True, torch.float16, False, 0)  # several tiles, split sums
+@example((130,), 3, 64, 256, [0], "gelu_new", 1e-12, False, torch.float32, True, 1)
+def test_op(backend, rows, heads, head_dim, inner, applications, hidden_act, eps, every, dtype, narrow, seed):
+    generator = torch.Generator().manual_seed(seed)
+    width = heads * head_dim
+    x = torch.randn(*rows, width, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+    layers = [draw_layer(width, inner, dtype, generator, narrow) for _ in range(2)]
+    options = dict(heads=heads, hidden_act=hidden_act, eps=eps, every=every)
+    if len(rows) == 1:  # packed: one row, and the rest
+        ends = torch.tensor([0, 1, rows[0]], dtype=torch.int32, device=DEVICE)
+        options["attend"] = partial(attention, cu_seqlens=ends)
+    inputs = {"x": x, "layers": [list(layer) for layer in layers], "applications": applications}
+    result = compare(
+        partial(call, partial(ops.encoder_layers, backend=backend), **options), partial(written_out, **options), inputs
+    )
+    assert len(result) == (len(applications) if every else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN])
+def test_a_large_mean_does_not_cancel(dtype):
+    """The norm's statistics come from means and squares of differences, tile by tile."""
+    generator = torch.Generator().manual_seed(0)
+    layer = draw_layer(128, 64, dtype, generator)
+    layer = layer._replace(output_bias=layer.output_bias + 200.0, down_bias=layer.down_bias - 300.0)
+    x = torch.randn(1, 9, 128, generator=generator).to(DEVICE, dtype)
+    options = dict(heads=2, hidden_act="gelu", eps=1e-12)
+    inputs = {"x": x, "layers": [list(layer)], "applications": [0, 0]}
+    compare(
+        partial(call, partial(ops.encoder_layers, backend="triton"), **options), partial(written_out, **options), inputs
+    )
+
+
+def test_the_same_bits_every_time():
+    generator = torch.Generator().manual_seed(0)
+    layer = draw_layer(256, 512, torch.float16, generator)
+    x = torch.randn(33, 256, generator=generator).to(DEVICE, torch.float16)
+    results = [
+        ops.encoder_layers(x, [layer] * 2, attention, heads=4, backend="triton")[0]
+        for attention in [lambda q, k, v: ops.attention(q[None], k[None], v[None])[0]] * 3
+    ]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_other_strides_and_no_rows():
+    generator = torch.Generator().manual_seed(0)
+    layer = draw_layer(32, 48, torch.float32, generator)
+    turned = LayerWeights(*(t.T.contiguous().T if t.dim() == 2 else torch.stack([t, t], 1)[:, 0] for t in layer))
+    x = torch.randn(2, 6, 64, generator=generator).to(DEVICE)[..., ::2]
+    for backend in BACKENDS:
+        run = partial(ops.encoder_layers, attend=attention, heads=2, backend=backend)
+        torch.testing.assert_close(run(x, [turned])[0], run(x.contiguous(), [layer])[0])
+        empty = run(x[:0], [layer] * 2, every=True)
+        assert [t.shape for t in empty] == [(0, 6, 32)] * 2
+
+
+def test_no_gradients():
+    layer = draw_layer(8, 8, torch.float32, torch.Generator().manual_seed(0))
+    x = torch.randn(3, 8, device=DEVICE, requires_grad=True)
+    assert not ops.encoder_layers(x, [layer], lambda q, k, v: v, heads=2)[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(x=torch.ones(3, 8, dtype=torch.int64)), DtypeError, "x: got torch.int64"),
+        (dict(layers=[]), ShapeError, "layers: got none"),
+        (dict(heads=3), ConfigError, "heads: got 3, expected a divisor of 8"),
+        (dict(hidden_act="mish"), ConfigError, "hidden_act: got 'mish', expected one of 'gelu'"),
+        (dict(eps=-1.0), ConfigError, "eps: got -1.0"),
+        (dict(backend="cuda"), BackendError, "cannot serve encoder_layers"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    layer = draw_layer(8, 12, torch.float32, torch.Generator().manual_seed(0))
+    arguments = dict(x=torch.ones(3, 8), layers=[LayerWeights(*(t.cpu() for t in layer))], heads=2) | change
+    with pytest.raises(error, match=message):
+        ops.encoder_layers(attend=lambda q, k, v: v, **arguments)
+
+
+@pytest.mark.parametrize(
+    "name, value, error, message",
+    [
+        ("qkv", torch.ones(8, 8), ShapeError, r"layers\[1\].qkv: got shape \(8, 8\), expected \(24, 8\)"),
+        ("up", torch.ones(12, 8).half(), DtypeError, r"layers\[1\].up: got torch.float16, expected torch.float32"),
+        ("down_bias", torch.ones(7), ShapeError, r"layers\[1\].down_bias: got shape \(7,\), expected \(8,\)"),
+        ("output_norm", None, DtypeError, r"layers\[1\].output_norm: got a NoneType"),
+    ],
+)
+def test_bad_weights_are_named(name, value, error, message):
+    layer = LayerWeights(*(t.cpu() for t in draw_layer(8, 12, torch.float32, torch.Generator().manual_seed(0))))
+    with pytest.raises(error, match=message):
+        ops.encoder_layers(torch.ones(3, 8), [layer, layer._replace(**{name: value})], lambda q, k, v: v, heads=2)
