@@ -103,11 +103,46 @@ def _attended(name: str) -> tuple:
     return (q, k, v), o, lse, Sequences(512, mask, ends), dropout
 
 
+# dtype, rows, hidden and intermediate size, activation
+ENCODER_LAYERS = (
+    "float16 32 768 3072 gelu_new",
+    "float16 128 768 3072 gelu_new",
+    "bfloat16 128 768 3072 gelu",
+    "float16 512 768 3072 gelu",
+    "bfloat16 4096 1024 4096 gelu",
+    "float16 128 312 1248 relu",
+    "float32 128 768 3072 gelu",
+)
+
+
+def _encoder_layers() -> Launches:
+    """Two applications of a layer without the attention between, whose kernels are launched elsewhere: the first reads
+    rows as they are, the second rows whose norm is deferred."""
+    import torch
+
+    from fastbert.kernels.encoder_layers import encoder_layers_fwd
+    from fastbert.ops.encoder_layers import ACTIVATIONS, LayerWeights
+
+    for name in ENCODER_LAYERS:
+        dtype, rows, width, inner, act = name.split()
+        dtype, rows, width, inner = getattr(torch, dtype), int(rows), int(width), int(inner)
+        matrices = {"qkv": (3 * width, width), "output": (width, width), "up": (inner, width), "down": (width, inner)}
+        sizes = {"qkv_bias": 3 * width, "up_bias": inner}
+        weights = (
+            torch.empty(matrices[field], dtype=dtype) if field in matrices else torch.empty(sizes.get(field, width))
+            for field in LayerWeights._fields
+        )
+        x, layer = torch.empty(rows, width, dtype=dtype), LayerWeights(*weights)
+        options = lambda q, k, v: v.contiguous(), 4, ACTIVATIONS[act], 1e-12, False
+        yield name, partial(encoder_layers_fwd, x, [layer, layer], *options)
+
+
 # File of kernels/ -> the launches that ship: a name, and a call of the launcher with CPU tensors that nothing reads.
 # Their sizes are multiples of 16, as real ones are: Triton compiles other code for others. A name may come twice.
 CONFIGURATIONS: dict[str, Callable[[], Launches]] = {
     "attention": _attention,
     "relative_attention": partial(_relative_attention, False),
     "relative_attention_bwd": partial(_relative_attention, True),
+    "encoder_layers": _encoder_layers,
     "gelu": _gelu,
 }

@@ -13,12 +13,14 @@ their parts, and the one that arrives last adds them up, in the order of the par
 On sm_90 and later each launch may begin before the one before it has ended (programmatic dependent launch): what it
 reads of others it reads behind gdc_wait.
 
-Floors, ALBERT-base, one sequence of 128 tokens, H100: 22.4 GFLOP are 28 us at 790 TFLOP/s. Each layer moves the tiles
-of its products from L2, 65 MB with the tiles below, which at 5.5 TB/s are 12 us, or 140 us for all: what is near the
-bound is the cache, not the matrix unit. BERT-base streams 170 MB of weights from memory besides, 51 us.
+Floors, ALBERT-base, one sequence of 128 tokens, H100: 22.4 GFLOP are 28 us at 790 TFLOP/s. But each layer moves the
+tiles of its products from L2, 66 MB with the tiles that launch_config chooses, which at 5.5 TB/s are 12 us, or 145 us
+for all: the cache binds, not the matrix unit. BERT-base streams 170 MB of weights from memory besides, 51 us.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -74,7 +76,7 @@ def _activated(b_z, ACT: tl.constexpr):
 @triton.jit
 def _linear_kernel(
     p_x, p_w, p_bias, p_y, p_residual, p_stats, p_norm_weight, p_norm_bias, p_y_stats, p_parts, p_count,
-    rows, eps,
+    rows, depth, eps,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, X: tl.constexpr, RESIDUAL: tl.constexpr, TILE: tl.constexpr,
     ACT: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
@@ -98,7 +100,8 @@ def _linear_kernel(
         b_mean, b_scale = _statistics(p_stats, o_m, m_m, eps, COLUMNS, TILE)
     PART: tl.constexpr = (DEPTH + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K) * BLOCK_K
     low = tl.program_id(1) * PART
-    high = tl.minimum(low + PART, DEPTH)
+    high = tl.minimum(low + PART, depth)  # not DEPTH: the loop would be unrolled, and spill
+    tl.assume(low < high)
     b_y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in tl.range(low, high, BLOCK_K):
         o_k = first + tl.arange(0, BLOCK_K)
@@ -176,23 +179,55 @@ class Deferred(NamedTuple):
     bias: Tensor
 
 
-# Programs that run at once: 132 multiprocessors (H100, H200), one each. Not tuned: chosen by the bytes that the tiles
-# of a product move, rows columns depth (1 / BLOCK_M + 1 / BLOCK_N).
-_PROGRAMS = 144
+# A model of an H100, not measured, after which tiles are chosen: multiprocessors; bytes per microsecond that L2 gives
+# all of them, and one; operations per microsecond of one, with less than 64 rows and with more; microseconds until the
+# last part of a sum has heard of the others.
+_PROCESSORS = 132
+_L2, _PORT = 5.5e6, 90e3
+_MATRIX_UNIT, _MATRIX_UNIT_64 = 3.5e6, 5e6
+_ARRIVAL = 1.0
+# What the stages of a loop may take of a multiprocessor's shared memory; a little more is for the weights of a norm.
+_STAGES = {(8, 0): 144 << 10, (8, 7): 144 << 10, (9, 0): 192 << 10, (10, 0): 192 << 10, (10, 3): 192 << 10}
+_OTHER_STAGES = 88 << 10
 
 
-def launch_config(rows: int, columns: int, depth: int) -> dict:
-    """Tiles as large as the rows allow, so long as there are enough of them, and then parts of the sum."""
-    block_m = min(max(16, triton.next_power_of_2(rows)), 64 if rows <= 512 else 128)
-    block_n = 32 if rows <= 32 else 64 if rows <= 1024 else 128
-    tiles = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
-    split = 1
-    while tiles * 2 * split <= _PROGRAMS and depth >= 2 * split * 128:
-        split *= 2
-    warps = 8 if block_m * block_n > 64 * 64 else 4
+@lru_cache
+def launch_config(rows: int, columns: int, depth: int, itemsize: int, capability: tuple[int, int]) -> dict:
+    """The tiles, and the parts of a sum, that the model above gives the least time."""
+    block_k = 64 if itemsize == 2 else 32
+    if depth % block_k:
+        block_k = min(block_k, max(16, triton.next_power_of_2(depth)))
+    high = max(16, triton.next_power_of_2(rows))
+    sides = (16, 32) if itemsize == 4 else (16, 32, 64, 128)  # float32 takes four times the registers
+    tiles = itertools.product([side for side in sides if side <= high], (32, 64, 128)[: len(sides) - 1], (1, 2, 4, 8))
+
+    def microseconds(choice: tuple[int, int, int]) -> float:
+        block_m, block_n, split = choice
+        programs = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n) * split
+        rate = min(_PORT, _L2 / min(programs, _PROCESSORS))
+        moved = depth / split * (block_m + block_n) * itemsize / rate
+        multiplied = 2 * depth / split * block_m * block_n / (_MATRIX_UNIT_64 if block_m >= 64 else _MATRIX_UNIT)
+        added = 0 if split == 1 else _ARRIVAL + split * block_m * block_n * 4 / rate
+        return triton.cdiv(programs, _PROCESSORS) * max(moved, multiplied) + added
+
+    def fits(choice: tuple[int, int, int]) -> bool:
+        block_m, block_n, split = choice
+        if split == 1:
+            return True
+        part = triton.cdiv(depth, split * block_k) * block_k
+        programs = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n) * split
+        return depth >= 128 * split and part * (split - 1) < depth and programs <= 2 * _PROCESSORS
+
+    block_m, block_n, split = min(filter(fits, tiles), key=microseconds)
+    stages = _STAGES.get(capability, _OTHER_STAGES) // ((block_m + block_n) * block_k * itemsize)
     return {
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64, "SPLIT": split, "num_warps": warps, "num_stages": 4
-    }  # fmt: skip
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "SPLIT": split,
+        "num_warps": 8 if block_m * block_n > 64 * 64 else 4,
+        "num_stages": min(4, stages),
+    }
 
 
 class _Launches:
@@ -200,9 +235,10 @@ class _Launches:
 
     def __init__(self, like: Tensor, rows: int, eps: float):
         self.like, self.rows, self.eps = like, rows, eps
-        self.early = like.is_cuda and torch.cuda.get_device_capability(like.device) >= (9, 0)
-        # One for each tile that is split, at most _PROGRAMS / 2; each launch leaves them at zero.
-        self.count = torch.zeros(_PROGRAMS, dtype=torch.int32, device=like.device)
+        interpreted = triton.knobs.runtime.interpret
+        self.capability = (0, 0) if interpreted else torch.cuda.get_device_capability(like.device)
+        # One for each tile whose sum is split, of which there are fewer; each launch leaves them at zero.
+        self.count = torch.zeros(2 * _PROCESSORS, dtype=torch.int32, device=like.device)
 
     def linear(
         self,
@@ -216,9 +252,7 @@ class _Launches:
     ) -> Tensor | Deferred:
         """act(x W' + b) + residual, and with `norm` its norm, deferred."""
         columns, depth = weight.shape
-        config = launch_config(self.rows, columns, depth)
-        if depth % config["BLOCK_K"]:
-            config["BLOCK_K"] = min(64, max(16, triton.next_power_of_2(depth)))
+        config = launch_config(self.rows, columns, depth, weight.element_size(), self.capability)
         y = self.like.new_empty(self.rows, columns)
         tiles_n = triton.cdiv(columns, config["BLOCK_N"])
         tiles = triton.cdiv(self.rows, config["BLOCK_M"]) * tiles_n
@@ -230,7 +264,7 @@ class _Launches:
         with torch.cuda.device_of(self.like):
             _linear_kernel[(tiles, config["SPLIT"])](
                 *(_rows(x), weight, bias, y, None if residual is None else _rows(residual), *read),
-                *(stats, parts, self.count, self.rows, self.eps),
+                *(stats, parts, self.count, self.rows, depth, self.eps),
                 COLUMNS=columns, DEPTH=depth, X=_kind(x), RESIDUAL=_kind(residual),
                 TILE=0 if source is None else source.tile, ACT=act or "", **config, **self._early(),
             )  # fmt: skip
@@ -250,7 +284,8 @@ class _Launches:
         return y
 
     def _early(self) -> dict:
-        return {"EARLY": self.early} | ({"launch_pdl": True} if self.early else {})
+        early = self.capability >= (9, 0)
+        return {"EARLY": early} | ({"launch_pdl": True} if early else {})
 
 
 def _rows(x: Tensor | Deferred) -> Tensor:
