@@ -9,7 +9,7 @@ the op.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastbert import ops
 from fastbert.config import EncoderConfig
-from fastbert.ops.encoder_layers import ACTIVATIONS
+from fastbert.errors import ConfigError
+from fastbert.ops.encoder_layers import ACTIVATIONS, LayerWeights
 from fastbert.ops.shared_linear import SharedWeight
 
 _GELU = {name: form for name, form in ACTIVATIONS.items() if form in ("none", "tanh")}
@@ -288,6 +289,75 @@ class Encoder(nn.Module):
 
 def _call(function: Callable, *arguments, **named):
     return function(*arguments, **named)
+
+
+class InferenceEncoder(nn.Module):
+    """What an Encoder computes in evaluation mode, by ops.encoder_layers, without gradients.
+
+    It holds copies of the weights as they are when it is made, matrices in `dtype` (None: as they are), query, key and
+    value in one. `copied`: (its tensor, the encoder's) pairs, for whoever keeps them equal.
+
+    Raises ConfigError where a module of the encoder does something of its own (an adapter, a hook, quantisation).
+    """
+
+    def __init__(self, encoder: Encoder, dtype: torch.dtype | None = None):
+        super().__init__()
+        first = encoder.layers[0]
+        self.attend, self.heads = first.attention.attend, first.attention.heads  # not the module, or it would be ours
+        self.hidden_act = first.hidden_act
+        self.eps = first.attention_norm.eps
+        self.copied: list[tuple[Tensor, Tensor]] = []
+        layers = [self._weights(f"layers.{i}", layer, dtype) for i, layer in enumerate(encoder.layers)]
+        self.weights = [layers[index] for index in chain.from_iterable(encoder.applications)]
+        self.ends = [len(application) for application in encoder.applications]
+
+    def _weights(self, where: str, layer: nn.Module, dtype: torch.dtype | None) -> LayerWeights:
+        kinds = [("", EncoderLayer), ("attention", type(self.attend.__self__)), ("attention_norm", nn.LayerNorm)]
+        kinds += [(f"attention.{name}", nn.Linear) for name in ("query", "key", "value", "output")]
+        kinds += [("intermediate", nn.Linear), ("output", nn.Linear), ("output_norm", nn.LayerNorm)]
+        for name, kind in kinds:
+            module = layer.get_submodule(name)
+            if not is_plain(module, kind) or (name == "attention" and kind not in _ATTENTION.values()):
+                raise ConfigError(
+                    f"{where}.{name} is a {type(module).__name__} that may do more than fastbert's {kind.__name__}: "
+                    "merge adapters and remove hooks first"
+                )
+        attention = layer.attention
+        together = [attention.query, attention.key, attention.value]
+        matrices = ([m.weight for m in together], [attention.output.weight])
+        matrices += ([layer.intermediate.weight], [layer.output.weight])
+        qkv, output, up, down = (self._copy(t, dtype or t[0].dtype) for t in matrices)
+        biases = ([m.bias for m in together], [attention.output.bias], [layer.intermediate.bias], [layer.output.bias])
+        qkv_bias, output_bias, up_bias, down_bias = (self._copy(t, t[0].dtype) for t in biases)
+        norms = (layer.attention_norm, layer.output_norm)
+        first, first_bias, last, last_bias = (self._copy([p], p.dtype) for n in norms for p in (n.weight, n.bias))
+        return LayerWeights(
+            *(qkv, qkv_bias, output, output_bias, first, first_bias),
+            *(up, up_bias, down, down_bias, last, last_bias),
+        )
+
+    def _copy(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """One tensor of all of them, one below the other."""
+        whole = torch.cat([t.detach().to(dtype) for t in tensors])
+        self.copied += zip(whole.split([len(t) for t in tensors]), tensors, strict=True)
+        return whole
+
+    def forward(
+        self, x: Tensor, *, output_hidden_states: bool = False, **sequences
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """As Encoder.forward."""
+        results = ops.encoder_layers(
+            x,
+            self.weights,
+            partial(self.attend, **sequences),
+            heads=self.heads,
+            hidden_act=self.hidden_act,
+            eps=self.eps,
+            every=output_hidden_states,
+        )
+        if not output_hidden_states:
+            return results[-1], None
+        return results[-1], [x, *(results[end - 1] for end in accumulate(self.ends))]
 
 
 class MaskedLMHead(nn.Module):

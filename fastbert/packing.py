@@ -27,6 +27,11 @@ class Layout:
     key_padding_mask: Tensor | None = None
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """The number of sequences, and the length of the longest (that of all, where they are padded)."""
+        return self.padded_shape or (len(self.cu_seqlens) - 1, self.max_seqlen)
+
+    @property
     def attention(self) -> dict:
         """The keyword arguments by which an attention op knows the sequences."""
         if self.key_padding_mask is not None:

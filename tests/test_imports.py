@@ -37,6 +37,7 @@ LAYERS = {
     "checkpoint": "config",
     "nn": "ops config packing",
     "models": "nn ops config packing checkpoint",
+    "latency": "models nn packing",
     "optim": "ops",
     "data": "",
     "train": f"{BELOW_TRAIN} __init__",
@@ -45,12 +46,13 @@ LAYERS = {
     "cli": f"{BELOW_TRAIN} __init__ train hf benchmarks extension",
     "__main__": "cli",
     "testing": "",
-    "__init__": f"{BELOW_TRAIN} reference portable",
+    "__init__": f"{BELOW_TRAIN} latency reference portable",
 }
 # Layer -> the packages outside the standard library that it may import.
 OUTSIDE = {
     "kernels": "torch triton",
     "checkpoint": "torch safetensors",
+    "latency": "torch tqdm",
     "data": "torch numpy tokenizers pyarrow tqdm rjieba snownlp",
     "train": "torch numpy safetensors tqdm yaml tensorboard matplotlib",
     "hf": "torch transformers",

@@ -5,6 +5,7 @@ family file adds what is peculiar to it.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -190,6 +191,15 @@ class PretrainedModel(nn.Module):
         checkpoint.save(self, folder)
 
 
+class Rows(NamedTuple):
+    """A batch as the rows inside a model: ids `[T]`, or `[B, L]` in a dense layout; those that are None are implied."""
+
+    layout: Layout
+    input_ids: Tensor
+    token_type_ids: Tensor | None
+    position_ids: Tensor | None
+
+
 class EncoderModel(PretrainedModel):
     """Embeddings, encoder and, where the family has one, pooler.
 
@@ -226,19 +236,35 @@ class EncoderModel(PretrainedModel):
         output_hidden_states: bool = False,
         return_rows: bool = False,
     ) -> EncoderOutput | tuple[Tensor, Layout, tuple[Tensor, ...] | None]:
-        checks.tensors(input_ids=input_ids)
-        checks.integer(input_ids=input_ids)
-        layout = self._layout(input_ids, attention_mask, cu_seqlens, max_seqlen)
-        token_type_ids = _like_input("token_type_ids", token_type_ids, input_ids)
-        position_ids = self._position_rows(input_ids, _like_input("position_ids", position_ids, input_ids), layout)
-        token_type_ids = None if token_type_ids is None else layout.pack(token_type_ids)
-        x = self.embeddings(layout.pack(input_ids), token_type_ids, position_ids)
+        layout, *ids = self.rows(
+            input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
+        )
+        x = self.embeddings(*ids)
         rows, states = self.encoder(x, output_hidden_states=output_hidden_states, **layout.attention)
         states = None if states is None else tuple(layout.unpack(state) for state in states)
         if return_rows:
             return rows, layout, states
         pooled = None if self.pooler is None else self.pooler(layout.first(rows))
         return EncoderOutput(layout.unpack(rows), pooled, states)
+
+    def rows(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Rows:
+        """What forward makes of its arguments before the embeddings; it raises what is wrong with them."""
+        checks.tensors(input_ids=input_ids)
+        checks.integer(input_ids=input_ids)
+        layout = self._layout(input_ids, attention_mask, cu_seqlens, max_seqlen)
+        token_type_ids = _like_input("token_type_ids", token_type_ids, input_ids)
+        position_ids = self._position_rows(input_ids, _like_input("position_ids", position_ids, input_ids), layout)
+        token_type_ids = None if token_type_ids is None else layout.pack(token_type_ids)
+        return Rows(layout, layout.pack(input_ids), token_type_ids, position_ids)
 
     def _layout(
         self, input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None
