@@ -37,7 +37,7 @@ LAYERS = {
     "checkpoint": "config",
     "nn": "ops config packing",
     "models": "nn ops config packing checkpoint",
-    "latency": "models nn packing",
+    "latency": "models nn ops packing",
     "optim": "ops",
     "data": "",
     "train": f"{BELOW_TRAIN} __init__",
