@@ -40,6 +40,8 @@ OPS = (
     "dropout_add_layer_norm",
     "embedding_layer_norm",
     "linear_cross_entropy",
+    "encoder_layers",
+    "shared_linear",
     "lamb",
 )
 MODELS = ("models", "latency", "train_step")
@@ -81,7 +83,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="show shapes and providers, measure nothing")
     parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: fp16 bf16, one shape in fp32; CPU: fp32")
-    parser.add_argument("--modes", nargs="+", choices=("fwd", "bwd", "fwd+bwd", "step"), help="default: all")
+    parser.add_argument("--modes", nargs="+", choices=("fwd", "bwd", "fwd+bwd", "step", "call"), help="default: all")
     parser.add_argument("--providers", nargs="+", metavar="NAME", help="names or their beginnings; default: all")
     parser.add_argument("--shape", nargs="+", type=_size, metavar="SIZE=N", help="in place of the first shape's sizes")
     parser.add_argument("--tiny", action="store_true", help="one small shape: a rehearsal, for Triton's interpreter")

@@ -53,6 +53,7 @@ class Runnable:
     case: Case
     options: dict = field(default_factory=dict)
     call: Callable | None = None  # the model, compiled perhaps
+    called: Callable | None = None  # what users call, if that is something else again
 
     def __post_init__(self):
         self.call = self.call or self.model
@@ -200,12 +201,13 @@ def _found(runnable: Runnable, inputs: dict) -> dict[str, Tensor]:
     """Outputs of the real rows, the gradient of the word table, which all others have gone through, the norm of all
     gradients together (a tied tensor counts once), and the loss; but not the encoder's, a sum whose terms cancel, so
     that its error says nothing about its size."""
-    loss = runnable.loss(inputs)
-    loss.backward()
-    gradients = [p.grad for p in runnable.model.parameters() if p.grad is not None]
-    words = next(g for g in gradients if g.dim() == 2 and len(g) == runnable.case["vocab"])
-    norm = torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt()
-    found = {"grad words": words, "norm of gradients": norm}
+    loss, found = runnable.loss(inputs), {}
+    if loss.requires_grad:
+        loss.backward()
+        gradients = [p.grad for p in runnable.model.parameters() if p.grad is not None]
+        words = next(g for g in gradients if g.dim() == 2 and len(g) == runnable.case["vocab"])
+        norm = torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt()
+        found = {"grad words": words, "norm of gradients": norm}
     if runnable.case["part"] == "masked_lm":
         found["loss"] = loss.detach()
     if runnable.options.get("return_logits", True):

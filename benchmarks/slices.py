@@ -41,6 +41,7 @@ MEASURING = {
     "relative": ["relative_attention"],
     "lamb": ["lamb"],
     "shared": [
+        "shared_linear",
         "train_step --shape family=albert",
         "train_step --shape family=bert",
         "models --shape family=albert part=encoder",
@@ -48,8 +49,12 @@ MEASURING = {
     ],
     "layer": ["dropout_add_layer_norm", "bias_gelu", "linear_cross_entropy", "embedding_layer_norm"],
     "train": ["train_step", "models"],
-    "latency": ["latency"],
-    "sweep": [f"{op}_attention --sweep --cases :2" for op in ("rotary", "relative")] + ["bias_gelu --sweep"],
+    "latency": ["latency", "encoder_layers"],
+    "sweep": [
+        *(f"{op}_attention --sweep --cases :2" for op in ("rotary", "relative")),
+        "bias_gelu --sweep",
+        "encoder_layers --sweep --cases :4 --dtypes fp16",
+    ],
 }
 NAMES = ("correctness", *(name for name in MEASURING if name != "sweep"), "sanitize", "sweep")
 # A rehearsal measures nothing: as little as runs every line.

@@ -43,7 +43,7 @@ class LatencyModel:
 
     It has weights of its own. Those of `model` are looked at in each call, and copied again if they were written to
     (an optimizer's step, load_state_dict), but not if they were replaced. Calls from several threads or streams wait
-    for each other.
+    for each other. `uncaptured` is the model that the graphs hold, for those who capture it in one of their own.
     """
 
     def __init__(self, model: PretrainedModel, max_batch: int, max_length: int | None, dtype: torch.dtype | None):
@@ -51,10 +51,10 @@ class LatencyModel:
         self.model, self.max_batch = model, max_batch
         self.max_length = max_length or min(512, model.config.max_length or 512)
         with torch.no_grad():
-            self._copy, self._copied = _copied(model, dtype)
-        self._inner = next(m for m in self._copy.modules() if isinstance(m, EncoderModel))
+            self.uncaptured, self._copied = _copied(model, dtype)
+        self._inner = next(m for m in self.uncaptured.modules() if isinstance(m, EncoderModel))
         self._versions = self._versions_now()
-        self.device = next(self._copy.parameters()).device
+        self.device = next(self.uncaptured.parameters()).device
         self._in_buckets = self.device.type == "cuda"  # on a CPU there is nothing to capture
         self._buckets: dict[int, _Bucket] = {}
         self._by_shape = type(self._inner).default_positions is EncoderModel.default_positions
@@ -95,7 +95,7 @@ class LatencyModel:
             inputs = self._rows(given, max_seqlen)
             rows = inputs.input_ids.numel()
             if not self._in_buckets or inputs.layout.key_padding_mask is not None or rows == 0:
-                return self._copy(**given, max_seqlen=max_seqlen)
+                return self.uncaptured(**given, max_seqlen=max_seqlen)
             with self._one_stream():
                 return self._bucket(rows).run(inputs)
 
@@ -141,7 +141,7 @@ class LatencyModel:
     def _bucket(self, rows: int) -> "_Bucket":
         size = _size(rows, self.max_batch)
         if size not in self._buckets:
-            self._buckets[size] = _Bucket(self._copy, self._inner, size, self.max_batch, self._pool)
+            self._buckets[size] = _Bucket(self.uncaptured, self._inner, size, self.max_batch, self._pool)
         return self._buckets[size]
 
     def _versions_now(self) -> list[int]:

@@ -12,6 +12,7 @@ from fastbert.errors import BackendError, ConfigError, DtypeError, ShapeError
 from fastbert.ops.encoder_layers import ACTIVATIONS, LayerWeights
 from fastbert.testing import compare
 
+pytestmark = [pytest.mark.gpu, pytest.mark.kernel]
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 BACKENDS = ["torch", "reference", "triton"]

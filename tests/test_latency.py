@@ -14,6 +14,7 @@ import fastbert
 from fastbert import latency, ops
 from fastbert.errors import ConfigError, DataError, DtypeError, ShapeError
 
+pytestmark = pytest.mark.gpu
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 

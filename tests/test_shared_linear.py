@@ -18,6 +18,7 @@ from fastbert.nn import Encoder
 from fastbert.optim import FusedLAMB, main_gradients, param_groups
 from fastbert.testing import compare
 
+pytestmark = pytest.mark.gpu
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 LAYER = "model.encoder.layers.0"
 

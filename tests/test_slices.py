@@ -96,7 +96,7 @@ def test_every_test_that_knows_of_gpus_is_marked():
 
 def test_kernels_of_our_own_are_tested_first():
     kernels = slices.test_files("kernel")
-    names = "bias_gelu", "extension", "fused_attention", "fused_relative_attention", "lamb"
+    names = "bias_gelu", "encoder_layers", "extension", "fused_attention", "fused_relative_attention", "lamb"
     assert kernels == [f"tests/test_{name}.py" for name in names]
     assert slices.test_files("gpu")[: len(names)] == kernels
 
