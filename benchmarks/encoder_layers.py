@@ -77,7 +77,8 @@ class EncoderLayersBenchmark(OpBenchmark):
 
 def _call(function, flags: dict, x, layers) -> torch.Tensor:
     """The last result. The weights come as lists, which compare() can take apart."""
-    return torch.no_grad()(function)(x, [LayerWeights(*layer) for layer in layers], **flags)[-1]
+    with torch.no_grad():
+        return function(x, [LayerWeights(*layer) for layer in layers], **flags)[-1]
 
 
 def _attend(length: int, q, k, v) -> torch.Tensor:

@@ -106,11 +106,9 @@ def _attended(name: str) -> tuple:
 # dtype, rows, hidden and intermediate size, activation
 ENCODER_LAYERS = (
     "float16 32 768 3072 gelu_new",
-    "float16 128 768 3072 gelu_new",
     "bfloat16 128 768 3072 gelu",
-    "float16 512 768 3072 gelu",
+    "float16 512 312 1248 relu",
     "bfloat16 4096 1024 4096 gelu",
-    "float16 128 312 1248 relu",
     "float32 128 768 3072 gelu",
 )
 

@@ -58,13 +58,17 @@ class SharedLinearBenchmark(Benchmark):
         inputs = self.inputs(small, seed=1)
         wide = {name: _double(value) for name, value in inputs.items()}
         truth, found, yardstick = _autograd(**wide), op(**inputs), _autograd(**inputs)
-        errors = {}
+        shares, dtype = [], DTYPES[case.dtype]
         for name, want, got, other in zip(("weight", "bias", "x"), truth, found, yardstick, strict=True):
-            error, slack = ((t.double() - want).norm() / want.norm() for t in (got, other))
-            errors[name] = error.item()
-            if not error <= 2 * slack + FLOOR[DTYPES[case.dtype]] * torch.finfo(DTYPES[case.dtype]).eps:
-                raise Mismatch(f"gradient of {name}: relative error {error:.3g}, autograd's {slack:.3g}")
-        return f"relative error of the weight's gradient {errors['weight']:.2g} at {small}"
+            error, slack = (((t.double() - want).norm() / want.norm()).item() for t in (got, other))
+            bound = 2 * slack + FLOOR[dtype] * torch.finfo(dtype).eps
+            if not error <= bound:
+                raise Mismatch(f"gradient of {name}: relative error {error:.3g}, bound {bound:.3g}")
+            shares.append(error / bound)
+            if name == "weight":
+                of_weight = error
+        about = f"weight, bias, x: at most {max(shares):.2f} of the bound at {small}"
+        return f"{about}; relative error of the weight's gradient {of_weight:.2g}"
 
     def step(self, op: Callable, inputs: dict, mode: str) -> Step:
         return lambda: op(**inputs)

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastbert import ops, reference
@@ -49,6 +49,7 @@ def written_out(x, layers, applications, *, hidden_act, attend=attention, **opti
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(
     rows=st.sampled_from([(1,), (3,), (2, 5), (17,), (40,), (1, 70)]),
     heads=st.integers(1, 3),
@@ -98,11 +99,10 @@ def test_the_same_bits_every_time():
     generator = torch.Generator().manual_seed(0)
     layer = draw_layer(256, 512, torch.float16, generator)
     x = torch.randn(33, 256, generator=generator).to(DEVICE, torch.float16)
-    results = [
-        ops.encoder_layers(x, [layer] * 2, attention, heads=4, backend="triton")[0]
-        for attention in [lambda q, k, v: ops.attention(q[None], k[None], v[None])[0]] * 3
-    ]
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    run = partial(ops.encoder_layers, x, [layer], lambda q, k, v: (q + k + v).contiguous(), heads=4, backend="triton")
+    first = run()[0]
+    for _ in range(20 if CUDA else 1):
+        assert torch.equal(run()[0], first)
 
 
 def test_other_strides_and_no_rows():

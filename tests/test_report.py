@@ -245,7 +245,7 @@ def test_the_status_has_every_benchmark_and_the_gpus_to_come():
     found = status_of()
     assert {op for op, _, _ in found} == {*cli.OPS, *cli.MODELS}
     backends = {"fastbert-triton", "fastbert-torch", "fastbert-cuda"}
-    assert {provider for _, provider, _ in found} == backends | {"fastbert", "fastbert-labelled"}
+    assert {provider for _, provider, _ in found} == backends | {"fastbert", "fastbert-labelled", "fastbert-latency"}
     for line in found.values():
         assert line["NVIDIA H100"] == line["NVIDIA H200"]
         assert line["NVIDIA H100"] in ("not yet measured", "no kernel yet", "-")  # -: fp32 is for models on a CPU
