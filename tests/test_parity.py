@@ -224,7 +224,7 @@ def test_nezha_longer_than_the_buffer_of_transformers(tmp_path):
 @st.composite
 def live_configs(draw, family):
     """A small random transformers config of one family."""
-    heads, head_dim = draw(st.integers(1, 3)), 2 * draw(st.integers(1, 9))
+    heads, head_dim = draw(st.integers(1, 3)), 2 * draw(st.sampled_from([*range(1, 10), 13]))
     layers = draw(st.integers(1, 3))
     config = TINY | {
         "vocab_size": draw(st.integers(8, 50)),

@@ -452,6 +452,25 @@ def test_lamb_reads_main_gradients_as_they_are(dtype):
     assert found[f"{LAYER}.output.weight"].dtype == torch.float32
 
 
+def test_albert_base_trains_in_an_eighth_of_bert_bases_memory():
+    """Parameters, gradients and the optimizer's state, after a step."""
+
+    def held(preset):
+        config = fastbert.EncoderConfig.from_preset(preset)
+        with torch.device("meta"):
+            model = fastbert.model_class(config.model_type)(config)
+        model.to_empty(device="cpu")
+        optimizer = FusedLAMB(param_groups(model, 0.01))
+        for parameter in model.parameters():
+            parameter.data.fill_(0.01)
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        states = [t for state in optimizer.state.values() for t in state.values()]
+        return sum(t.nbytes for p in model.parameters() for t in (p, p.grad)) + sum(t.nbytes for t in states)
+
+    assert held("albert-base-v2") <= held("bert-base-uncased") / 8
+
+
 def _process(rank, port, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)

@@ -490,3 +490,15 @@ def test_filling_wants_a_blank(uninterrupted):
     )
     with pytest.raises(DataError, match="no blank"):
         fill(model, tokenizer, "天地")
+
+
+@pytest.mark.parametrize("variant", ["roformer", "albert"])
+def test_gradient_checkpointing_changes_no_bit(config, tmp_path, variant, monkeypatch):
+    called, checkpoint = [], fastbert.nn.checkpoint
+    monkeypatch.setattr(fastbert.nn, "checkpoint", lambda *args, **o: (called.append(1), checkpoint(*args, **o))[1])
+    runs = [replace(config, variant=variant, out=str(tmp_path / name)) for name in ("kept", "computed")]
+    pretrain(runs[0])
+    assert not called
+    pretrain(replace(runs[1], gradient_checkpointing=True))
+    assert len(called) == 12 * TINY["num_hidden_layers"]
+    same_end(*(run.out for run in runs))
