@@ -28,7 +28,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import tile
-from fastbert.kernels.launch import LOG2_E, VARYING, Dropout, Rotation, Sequences, alignment, chosen, seed_drop_factor
+from fastbert.kernels.launch import (
+    LOG2_E,
+    VARYING,
+    Dropout,
+    Rotation,
+    Sequences,
+    alignment,
+    chosen,
+    early,
+    seed_drop_factor,
+)
 
 
 @triton.jit
@@ -70,9 +80,11 @@ def _forward_kernel(
     batch, length, total, heads, stride_qb, stride_q, stride_qh, stride_kb, stride_k, stride_kh,
     stride_vb, stride_v, stride_vh, stride_mb, stride_mask, scale, drop, factor,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TURN_V: tl.constexpr, HALVES: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """o, and where wanted the log-sum-exp of each row (base 2) and q, k, v as they were multiplied."""
+    if EARLY:
+        tile.after_the_launch_before()
     i_head = tl.program_id(0) % heads
     i_batch, start, length, first_m = tile.locate(tl.program_id(0) // heads, p_ends, batch, length, BLOCK_M)
     if first_m >= length:
@@ -373,6 +385,7 @@ def attention_fwd(
             *(q, k, v, sequences.mask, sequences.ends, *tables, o, lse, *used),
             *(*shape, *strides, *sequences.mask_strides, scale * LOG2_E, *drop_and_factor),
             **config,
+            **early(q, wanted=not save),
         )
     return o, lse, *used
 

@@ -10,8 +10,8 @@ none for the norm itself but at the end.
 Where the tiles of a product are too few for the GPU, SPLIT programs share a tile, each a part of the sum. They write
 their parts, and the one that arrives last adds them up, in the order of the parts: the same bits on every run.
 
-On sm_90 and later each launch may begin before the one before it has ended (programmatic dependent launch): what it
-reads of others it reads behind gdc_wait.
+On sm_90 and later each launch may begin before the one before it has ended (programmatic dependent launch): it asks L2
+for its weights, and what it reads of others it reads behind tile.after_the_launch_before.
 
 Floors, ALBERT-base, one sequence of 128 tokens, H100: 22.4 GFLOP are 28 us at 790 TFLOP/s. But each layer moves the
 tiles of its products from L2, 66 MB with the tiles that launch_config chooses, which at 5.5 TB/s are 12 us, or 145 us
@@ -27,9 +27,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fastbert.kernels import tile
 from fastbert.kernels.gelu import weight_and_slope
+from fastbert.kernels.launch import early
 
 _PLAIN = tl.constexpr(1)
 _DEFERRED = tl.constexpr(2)
@@ -74,6 +75,18 @@ def _activated(b_z, ACT: tl.constexpr):
 
 
 @triton.jit
+def _prefetch(p_w, o_n, low, DEPTH: tl.constexpr, PART: tl.constexpr):
+    """Asks L2 for columns low to low + PART of rows o_n of a matrix, in lines of 128 bytes."""
+    LINE: tl.constexpr = 1024 // p_w.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = triton.next_power_of_2((PART + LINE - 1) // LINE)
+    o_k = tl.minimum(low + tl.arange(0, LINES) * LINE, DEPTH - 1)
+    p_line = (p_w + (o_n[:, None] * DEPTH + o_k[None, :])).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [p_line], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _linear_kernel(
     p_x, p_w, p_bias, p_y, p_residual, p_stats, p_norm_weight, p_norm_bias, p_y_stats, p_parts, p_count,
     rows, depth, eps,
@@ -83,9 +96,6 @@ def _linear_kernel(
 ):  # fmt: skip
     """y = act(x W' + b) + residual, rows [rows, COLUMNS] from [rows, DEPTH]; x or the residual may be rows whose norm
     is deferred, with statistics of TILE columns each. p_y_stats: where y's own go, if its norm is deferred."""
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     tiles_m = tl.cdiv(rows, BLOCK_M)
     i_tile = tl.program_id(0)
     i_n = i_tile // tiles_m
@@ -93,13 +103,16 @@ def _linear_kernel(
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m, m_n = o_m < rows, o_n < COLUMNS
+    PART: tl.constexpr = (DEPTH + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K) * BLOCK_K
+    low = tl.program_id(1) * PART
+    if EARLY:
+        _prefetch(p_w, tl.minimum(o_n, COLUMNS - 1), low, DEPTH, PART)  # the one thing that depends on nobody
+        tile.after_the_launch_before()
     b_mean, b_scale = None, None
     if X == _DEFERRED:
         b_mean, b_scale = _statistics(p_stats, o_m, m_m, eps, DEPTH, TILE)
     if RESIDUAL == _DEFERRED:
         b_mean, b_scale = _statistics(p_stats, o_m, m_m, eps, COLUMNS, TILE)
-    PART: tl.constexpr = (DEPTH + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K) * BLOCK_K
-    low = tl.program_id(1) * PART
     high = tl.minimum(low + PART, depth)  # not DEPTH: the loop would be unrolled, and spill
     tl.assume(low < high)
     b_y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -157,8 +170,7 @@ def _norm_kernel(
 ):  # fmt: skip
     """The norm of rows for which it was deferred."""
     if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
+        tile.after_the_launch_before()
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m, m_n = o_m < rows, o_n < COLUMNS
@@ -266,7 +278,7 @@ class _Launches:
                 *(_rows(x), weight, bias, y, None if residual is None else _rows(residual), *read),
                 *(stats, parts, self.count, self.rows, depth, self.eps),
                 COLUMNS=columns, DEPTH=depth, X=_kind(x), RESIDUAL=_kind(residual),
-                TILE=0 if source is None else source.tile, ACT=act or "", **config, **self._early(),
+                TILE=0 if source is None else source.tile, ACT=act or "", **config, **early(self.like),
             )  # fmt: skip
         return y if norm is None else Deferred(y, stats, config["BLOCK_N"], *norm)
 
@@ -279,13 +291,9 @@ class _Launches:
         with torch.cuda.device_of(self.like):
             _norm_kernel[(triton.cdiv(self.rows, 4), triton.cdiv(columns, block_n))](
                 *(x.rows, x.stats, x.weight, x.bias, y, self.rows, self.eps),
-                COLUMNS=columns, TILE=x.tile, BLOCK_M=4, BLOCK_N=block_n, num_warps=4, **self._early(),
+                COLUMNS=columns, TILE=x.tile, BLOCK_M=4, BLOCK_N=block_n, num_warps=4, **early(self.like),
             )  # fmt: skip
         return y
-
-    def _early(self) -> dict:
-        early = self.capability >= (9, 0)
-        return {"EARLY": early} | ({"launch_pdl": True} if early else {})
 
 
 def _rows(x: Tensor | Deferred) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the launchers of attention kernels are told besides q, k and v."""
+"""What the launchers of attention kernels are told besides q, k and v, and how launches follow each other."""
 
 import math
 from collections.abc import Mapping, Sequence, Set
@@ -104,3 +104,10 @@ def chosen(
         table = configs.get(major, configs[8])
     special = (table[name] for trait in sorted(traits) if (name := f"{kernel} {trait}") in table)
     return next(special, table[kernel])[q.shape[-1] > 64]
+
+
+def early(like: Tensor, wanted: bool = True) -> dict:
+    """Options of a launch that may begin before the one before it has ended (programmatic dependent launch), from sm_90
+    on: its kernel reads nothing of others before tile.after_the_launch_before()."""
+    can = wanted and not triton.knobs.runtime.interpret and torch.cuda.get_device_capability(like.device) >= (9, 0)
+    return {"EARLY": can} | ({"launch_pdl": True} if can else {})

@@ -1,9 +1,18 @@
-"""What the attention kernels are made of: where a tile lies, rows in and out, rotation, dropout."""
+"""What the attention kernels are made of: where a tile lies, rows in and out, rotation, dropout; and early launches."""
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _FAN = tl.constexpr(128)
+
+
+@triton.jit
+def after_the_launch_before():
+    """For a launch that may begin early (see launch.early): what others wrote may be read behind this, and the next
+    launch may begin."""
+    gdc_wait()
+    gdc_launch_dependents()
 
 
 @triton.jit
