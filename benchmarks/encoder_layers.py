@@ -1,5 +1,5 @@
-"""`encoder_layers`: all layers of an encoder for T rows of short sequences of L, without gradients; `groups` of layers
-share their weights (ALBERT: 1; 0: every layer has its own).
+"""`encoder_layers`: all layers of an encoder for B sequences of L, without gradients; `groups` of layers share their
+weights (ALBERT: 1; 0: every layer has its own).
 
 Floors: the products and those of attention; every weight is read once, so a shared one once for all layers.
 """
@@ -20,7 +20,8 @@ from .op import OpBenchmark, generator_on
 class EncoderLayersBenchmark(OpBenchmark):
     op = "encoder_layers"
     modes = ("fwd",)
-    tiny = {"T": 32, "L": 32, "C": 64, "I": 128, "H": 1, "layers": 2}
+    backends = ("triton", "cuda", "torch")
+    tiny = {"B": 1, "L": 32, "C": 64, "I": 128, "H": 1, "layers": 2}
     sweep = (
         "encoder_layers",
         [
@@ -32,11 +33,11 @@ class EncoderLayersBenchmark(OpBenchmark):
 
     def shapes(self, cuda: bool) -> list[dict]:
         sizes = {"C": 768, "I": 3072, "H": 12, "layers": 12} if cuda else {"C": 384, "I": 1536, "H": 6, "layers": 4}
-        places = ((128, 128), (32, 32), (512, 512), (1024, 128)) if cuda else ((128, 128), (32, 32))
-        return [{"T": rows, "L": length, **sizes, "groups": groups} for rows, length in places for groups in (1, 0)]
+        places = ((1, 128), (1, 32), (1, 512), (8, 128)) if cuda else ((1, 128), (1, 32))
+        return [{"B": b, "L": length, **sizes, "groups": groups} for b, length in places for groups in (1, 0)]
 
     def flags(self, case: Case) -> dict:
-        return {"attend": partial(_attend, case["L"]), "heads": case["H"], "eps": 1e-12}
+        return {"heads": case["H"], "eps": 1e-12}
 
     def inputs(self, case: Case, seed: int) -> dict:
         """Rows and weights of a size at which no activation grows or dies."""
@@ -57,34 +58,34 @@ class EncoderLayersBenchmark(OpBenchmark):
 
         count, groups = case["layers"], case["groups"] or case["layers"]
         own = [list(layer()) for _ in range(groups)]
-        return {"x": normal(case["T"], width, scale=1.0), "layers": [own[i * groups // count] for i in range(count)]}
+        return {
+            "x": normal(case["B"], case["L"], width, scale=1.0),
+            "layers": [own[i * groups // count] for i in range(count)],
+        }
 
     def small(self, case: Case) -> Case:
         return case.but(layers=min(case["layers"], 2))
 
     def _ours(self, backend: str, case: Case):
-        return partial(_call, partial(ops.encoder_layers, hidden_act="gelu_new", backend=backend), self.flags(case))
+        options = {"attend": ops.attention, "hidden_act": "gelu_new", "backend": backend}
+        return partial(_call, partial(ops.encoder_layers, **options), self.flags(case))
 
     def _eager(self, case: Case):
-        return partial(_call, partial(reference.encoder_layers, act=ACTIVATIONS["gelu_new"]), self.flags(case))
+        options = {"attend": reference.attention, "act": ACTIVATIONS["gelu_new"]}
+        return partial(_call, partial(reference.encoder_layers, **options), self.flags(case))
 
     def work(self, case: Case, mode: str) -> Work:
-        rows, width, inner = case["T"], case["C"], case["I"]
+        rows, width, inner = case["B"] * case["L"], case["C"], case["I"]
         matrices = width * (4 * width + 2 * inner)
         flops = case["layers"] * (2 * rows * matrices + 4 * rows * case["L"] * width)
         return Work(flops, (case["groups"] or case["layers"]) * matrices * DTYPES[case.dtype].itemsize)
 
 
 def _call(function, flags: dict, x, layers) -> torch.Tensor:
-    """The last result. The weights come as lists, which compare() can take apart."""
+    """The last result. The weights come as lists, which compare() can take apart; one list is one layer."""
+    own = {id(layer): LayerWeights(*layer) for layer in layers}
     with torch.no_grad():
-        return function(x, [LayerWeights(*layer) for layer in layers], **flags)[-1]
-
-
-def _attend(length: int, q, k, v) -> torch.Tensor:
-    """Plain attention over sequences of `length` rows."""
-    dense = (t.unflatten(0, (-1, length)) for t in (q, k, v))
-    return ops.attention(*dense).flatten(0, 1)
+        return function(x, [own[id(layer)] for layer in layers], **flags)[-1]
 
 
 BENCHMARK = EncoderLayersBenchmark()

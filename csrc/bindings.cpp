@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "encoder_launch.h"
 #include "lamb_launch.h"
 
 using torch::headeronly::ScalarType;
@@ -257,6 +258,90 @@ Tensor lamb_(Tensors params, Tensors masters, Tensors grads, Tensors exp_avgs, T
   return memory;
 }
 
+#ifdef FASTBERT_CUDA
+const void* encoder_data(const Tensor& tensor, ScalarType type, const Tensor& like, const char* what) {
+  STD_TORCH_CHECK(tensor.scalar_type() == type, "encoder_layers: ", what, " has another dtype than expected");
+  STD_TORCH_CHECK(tensor.is_contiguous(), "encoder_layers: ", what, " is not contiguous");
+  STD_TORCH_CHECK(tensor.device() == like.device(), "encoder_layers: ", what, " is not where x is");
+  return tensor.mutable_data_ptr();
+}
+
+// The layers of an encoder with weights of their own, from a list of twelve tensors for each, in the order of
+// EncoderLayer; x is [batch, length, hidden].
+void gather_layers(fastbert::Encoder& encoder, const Tensors& weights, const Tensor& x) {
+  constexpr size_t kPerLayer = 12;
+  const size_t layers = weights.size() / kPerLayer;
+  STD_TORCH_CHECK(weights.size() % kPerLayer == 0 && layers >= 1 && layers <= fastbert::kEncoderLayers,
+                  "encoder_layers: ", weights.size(), " weights are not twelve for each of 1 to ",
+                  int{fastbert::kEncoderLayers}, " layers");
+  const int64_t hidden = encoder.hidden, intermediate = encoder.intermediate;
+  const auto matrix = [&](const Tensor& t, int64_t rows, int64_t columns) {
+    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns,
+                    "encoder_layers: a matrix is not [", rows, ", ", columns, "]");
+    return encoder_data(t, x.scalar_type(), x, "a matrix");
+  };
+  const auto vector = [&](const Tensor& t, int64_t size) {
+    STD_TORCH_CHECK(t.numel() == size, "encoder_layers: a vector does not have ", size, " elements");
+    return static_cast<const float*>(encoder_data(t, ScalarType::Float, x, "a vector"));
+  };
+  for (size_t i = 0; i < layers; ++i) {
+    const Tensor* w = weights.data() + i * kPerLayer;
+    encoder.layers[i] = {matrix(w[0], 3 * hidden, hidden), vector(w[1], 3 * hidden),
+                         matrix(w[2], hidden, hidden),     vector(w[3], hidden),
+                         vector(w[4], hidden),             vector(w[5], hidden),
+                         matrix(w[6], intermediate, hidden), vector(w[7], intermediate),
+                         matrix(w[8], hidden, intermediate), vector(w[9], hidden),
+                         vector(w[10], hidden),            vector(w[11], hidden)};
+  }
+  for (int i = 0; i < encoder.applications; ++i)
+    STD_TORCH_CHECK(encoder.layer_of[i] < layers, "encoder_layers: there is no layer ", int{encoder.layer_of[i]});
+}
+
+Tensor encoder_layers(Tensor x, Tensors weights, Tensor applications, std::optional<Tensor> mask, double eps,
+                      int64_t activation) {
+  STD_TORCH_CHECK(x.dim() == 3, "encoder_layers: x is not [batch, length, hidden]");
+  const bool half = x.scalar_type() == ScalarType::Half;
+  STD_TORCH_CHECK(half || x.scalar_type() == ScalarType::BFloat16, "encoder_layers: x is not float16 or bfloat16");
+  STD_TORCH_CHECK(weights.size() > 6 && weights[6].dim() == 2, "encoder_layers: there are not twelve weights");
+  STD_TORCH_CHECK(applications.is_cpu() && applications.is_contiguous() &&
+                      applications.scalar_type() == ScalarType::Byte && applications.numel() >= 1 &&
+                      applications.numel() <= fastbert::kEncoderApplications,
+                  "encoder_layers: applications are not 1 to ", int{fastbert::kEncoderApplications},
+                  " uint8 numbers on the CPU");
+  STD_TORCH_CHECK(activation >= 0 && activation <= 2, "encoder_layers: there is no activation ", activation);
+  const auto encoder = std::make_unique<fastbert::Encoder>();
+  encoder->applications = static_cast<int>(applications.numel());
+  std::copy_n(static_cast<const uint8_t*>(applications.mutable_data_ptr()), encoder->applications, encoder->layer_of);
+  encoder->batch = static_cast<int>(x.size(0));
+  encoder->length = static_cast<int>(x.size(1));
+  encoder->hidden = static_cast<int>(x.size(2));
+  encoder->intermediate = static_cast<int>(weights[6].size(0));
+  gather_layers(*encoder, weights, x);
+  encoder->eps = static_cast<float>(eps);
+  encoder->activation = static_cast<fastbert::EncoderActivation>(activation);
+  encoder->half = half;
+  encoder->input = encoder_data(x, x.scalar_type(), x, "x");
+  if (mask.has_value()) {
+    STD_TORCH_CHECK(mask->numel() == x.size(0) * x.size(1), "encoder_layers: mask is not [batch, length]");
+    encoder->mask = static_cast<const uint8_t*>(encoder_data(*mask, ScalarType::Bool, x, "mask"));
+  }
+  const size_t bytes = fastbert::encoder_workspace(encoder->batch, encoder->length, encoder->hidden,
+                                                   encoder->intermediate);
+  STD_TORCH_CHECK(bytes > 0, "encoder_layers: the kernel does not take this shape");
+  const Tensor workspace = torch::stable::new_empty(x, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  const Tensor output = torch::stable::empty_like(x);
+  encoder->workspace = workspace.mutable_data_ptr();
+  encoder->output = output.mutable_data_ptr();
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const char* const error = fastbert::encoder_cuda(*encoder, stream);
+  STD_TORCH_CHECK(error == nullptr, "encoder_layers: ", error);
+  return output;
+}
+#endif
+
 }  // namespace
 
 // A fragment, because the Python side registers operators in the same namespace.
@@ -265,18 +350,24 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastbert, library) {
       "lamb_(Tensor(a!)[] params, Tensor(b!)[] masters, Tensor[] grads, Tensor(c!)[] exp_avgs, "
       "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] steps, Tensor[] lrs, Tensor settings, Tensor? grad_scale, "
       "Tensor? found_inf, float max_grad_norm, Tensor(f!) totals, Tensor(g!)? workspace, int phases) -> Tensor");
+  library.def(
+      "encoder_layers(Tensor x, Tensor[] weights, Tensor applications, Tensor? mask, float eps, int activation) "
+      "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastbert, CPU, library) { library.impl("lamb_", TORCH_BOX(&lamb_)); }
 
 #ifdef FASTBERT_CUDA
-STABLE_TORCH_LIBRARY_IMPL(fastbert, CUDA, library) { library.impl("lamb_", TORCH_BOX(&lamb_)); }
+STABLE_TORCH_LIBRARY_IMPL(fastbert, CUDA, library) {
+  library.impl("lamb_", TORCH_BOX(&lamb_));
+  library.impl("encoder_layers", TORCH_BOX(&encoder_layers));
+}
 #endif
 
 #ifdef FASTBERT_MODULE
 // `import fastbert._C` loads this library, which registers the operators above; the module itself is empty.
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Compiled operators of fastbert: torch.ops.fastbert.lamb_",
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Compiled operators of fastbert",
                                -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -11,6 +11,10 @@ __device__ inline int add_acq_rel(int* counter) {
   return before;
 }
 
+__device__ inline void add_release(int* counter) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
 __device__ inline int load_relaxed(const int* address) {
   int value;
   asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address));

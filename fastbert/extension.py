@@ -31,7 +31,8 @@ CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"
 NVCC_FLAGS = ["-O3", "--fmad=false"]
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 FOLDER = Path(__file__).parent / "csrc"
-SOURCES = {"cpu": ["bindings.cpp", "lamb_cpu.cpp"], "cuda": ["bindings.cpp", "lamb_cpu.cpp", "lamb.cu"]}
+SOURCES = {"cpu": ["bindings.cpp", "lamb_cpu.cpp"]}
+SOURCES["cuda"] = [*SOURCES["cpu"], "lamb.cu", "encoder_layers.cu"]
 MACROS = {"cpu": [STABLE_ABI], "cuda": [STABLE_ABI, ("USE_CUDA", "1"), ("FASTBERT_CUDA", "1")]}
 
 _lock = threading.Lock()
@@ -54,7 +55,7 @@ def decide() -> tuple[str | None, str]:
 
 
 def load() -> str | None:
-    """None once torch.ops.fastbert.lamb_ is registered, else why it is not and what to do about it.
+    """None once the operators in torch.ops.fastbert are registered, else why it is not and what to do about it.
 
     Takes fastbert._C where it is installed, else what the cache keeps, else compiles it. What a compiler, a file or a
     loader does wrong is a reason, not an exception, and is not tried again in this process.
@@ -180,7 +181,9 @@ def _compile(part: str) -> str | None:
 
     library, start = _library(part), time.monotonic()
     (kept := library.parent).mkdir(mode=0o700, parents=True, exist_ok=True)
-    print(f"fastbert: compiling its extension for {part}, once, some 20 s; kept in {kept} ...", file=sys.stderr)
+    print(
+        f"fastbert: compiling its extension for {part}, once, less than a minute; kept in {kept} ...", file=sys.stderr
+    )
     sources = [str(FOLDER / name) for name in SOURCES[part]]
     macros = [f"-D{name}={value}" for name, value in MACROS[part]]
     flags = {"extra_cflags": CXX_FLAGS + macros, "extra_cuda_cflags": NVCC_FLAGS + macros}

@@ -81,6 +81,36 @@ def test_op(backend, rows, heads, head_dim, inner, applications, hidden_act, eps
     assert len(result) == (len(applications) if every else 1)
 
 
+@pytest.mark.skipif(
+    not CUDA, reason="one launch over all layers needs a GPU; tests/test_encoder_kernel.py runs it here"
+)
+@given(
+    sizes=st.tuples(st.integers(1, 8), st.sampled_from([1, 7, 32, 33, 128, 200])),
+    heads=st.sampled_from([1, 3, 12]),
+    inner=st.sampled_from([64, 320, 3072]),
+    applications=st.sampled_from([[0], [0, 0, 0], [0, 1], [0, 1, 1, 0]]),
+    hidden_act=st.sampled_from(["gelu", "gelu_new", "relu"]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    masked=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_one_launch(sizes, heads, inner, applications, hidden_act, dtype, masked, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*sizes, 64 * heads, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+    layers = [draw_layer(64 * heads, inner, dtype, generator) for _ in range(2)]
+    mask = {"key_padding_mask": (torch.rand(sizes, generator=generator) < 0.7).to(DEVICE)} if masked else {}
+    inputs = {"x": x, "layers": [list(layer) for layer in layers], "applications": applications}
+    options = dict(heads=heads, hidden_act=hidden_act, eps=1e-12)
+    ours = partial(ops.encoder_layers, backend="cuda")
+    compare(
+        partial(call, ours, attend=partial(ops.attention, **mask), **options),
+        partial(written_out, attend=partial(attention, **mask), **options),
+        inputs,
+    )
+    run = partial(ours, x, [layers[i] for i in applications], partial(ops.attention, **mask), **options)
+    assert torch.equal(run()[0], run()[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN])
 def test_a_large_mean_does_not_cancel(dtype):
     """The norm's statistics come from means and squares of differences, tile by tile."""
