@@ -59,6 +59,11 @@ def pick(op: str, predicates: Mapping[str, Predicate], asked: str | None, *args)
     raise BackendError(f"no backend can serve {op}: {'; '.join(reasons)}")
 
 
+def is_asked_for(name: str) -> bool:
+    """Whether the context or the environment asks for this backend."""
+    return _asked_around() == name
+
+
 def serves(*_args) -> None:
     """The predicate of a backend that serves every call."""
 

@@ -50,10 +50,13 @@ MODULES = Weights()
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call does just what `kind` does: not replaced, wrapped (adapter, quantisation, sharding) or hooked."""
-    return type(module) is kind and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    """Whether a call does just what `kind` does: not replaced, wrapped (adapter, quantisation, sharding), patched or
+    hooked."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooked = any(getattr(module, name) for name in hooks) or any(
+        getattr(nn.modules.module, f"_global{name}") for name in hooks
     )
+    return type(module) is kind and "forward" not in module.__dict__ and not hooked
 
 
 class Embeddings(nn.Module):
@@ -242,13 +245,14 @@ class Encoder(nn.Module):
     in training mode.
     """
 
+    gradient_checkpointing = False
+
     def __init__(self, config: EncoderConfig):
         super().__init__()
         count, inner = config.num_hidden_layers, config.inner_group_num or 1
         groups = config.num_hidden_groups or count
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(groups * inner))
         self.applications = [[i * groups // count * inner + j for j in range(inner)] for i in range(count)]
-        self.gradient_checkpointing = False
 
     def forward(
         self, x: Tensor, *, output_hidden_states: bool = False, **sequences
@@ -267,7 +271,7 @@ class Encoder(nn.Module):
 
     def _shared(self) -> dict[int, SharedWeights]:
         """The shared weights of this forward pass, by the index of the layer."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not ops.can_share():
             return {}
         times = Counter(chain.from_iterable(self.applications))
         found = {index: SharedWeights.of(self.layers[index]) for index, count in times.items() if count > 1}
@@ -281,7 +285,7 @@ class Encoder(nn.Module):
 
         def apply(x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
             weights = shared.again(total)
-            return layer(x, weights, **sequences), weights.total
+            return layer(x, weights=weights, **sequences), weights.total
 
         x, shared.total = run(apply, x, shared.total)
         return x
@@ -295,51 +299,47 @@ class InferenceEncoder(nn.Module):
     """What an Encoder computes in evaluation mode, by ops.encoder_layers, without gradients.
 
     It holds copies of the weights as they are when it is made, matrices in `dtype` (None: as they are), query, key and
-    value in one. `copied`: (its tensor, the encoder's) pairs, for whoever keeps them equal.
+    value in one. `copied`: (its tensor, a module of the encoder, the name of the parameter there), for whoever keeps
+    them equal.
 
-    Raises ConfigError where a module of the encoder does something of its own (an adapter, a hook, quantisation).
+    Raises ConfigError where a module of the encoder does something of its own (an adapter, a hook, quantisation), and
+    where its layers differ in more than their weights.
     """
 
     def __init__(self, encoder: Encoder, dtype: torch.dtype | None = None):
         super().__init__()
+        _check_plain("the encoder", encoder, Encoder)
         first = encoder.layers[0]
-        self.attend, self.heads = first.attention.attend, first.attention.heads  # not the module, or it would be ours
-        self.hidden_act = first.hidden_act
-        self.eps = first.attention_norm.eps
-        self.copied: list[tuple[Tensor, Tensor]] = []
-        layers = [self._weights(f"layers.{i}", layer, dtype) for i, layer in enumerate(encoder.layers)]
-        self.weights = [layers[index] for index in chain.from_iterable(encoder.applications)]
-        self.ends = [len(application) for application in encoder.applications]
-
-    def _weights(self, where: str, layer: nn.Module, dtype: torch.dtype | None) -> LayerWeights:
-        kinds = [("", EncoderLayer), ("attention", type(self.attend.__self__)), ("attention_norm", nn.LayerNorm)]
-        kinds += [(f"attention.{name}", nn.Linear) for name in ("query", "key", "value", "output")]
-        kinds += [("intermediate", nn.Linear), ("output", nn.Linear), ("output_norm", nn.LayerNorm)]
-        for name, kind in kinds:
-            module = layer.get_submodule(name)
-            if not is_plain(module, kind) or (name == "attention" and kind not in _ATTENTION.values()):
+        for number, layer in enumerate(encoder.layers):
+            _check_layer(f"layers.{number}", layer)
+            if _settings(layer) != _settings(first):
                 raise ConfigError(
-                    f"{where}.{name} is a {type(module).__name__} that may do more than fastbert's {kind.__name__}: "
-                    "merge adapters and remove hooks first"
+                    f"layers.{number} has settings {_settings(layer)}, expected {_settings(first)} as layers.0"
                 )
-        attention = layer.attention
-        together = [attention.query, attention.key, attention.value]
-        matrices = ([m.weight for m in together], [attention.output.weight])
-        matrices += ([layer.intermediate.weight], [layer.output.weight])
-        qkv, output, up, down = (self._copy(t, dtype or t[0].dtype) for t in matrices)
-        biases = ([m.bias for m in together], [attention.output.bias], [layer.intermediate.bias], [layer.output.bias])
-        qkv_bias, output_bias, up_bias, down_bias = (self._copy(t, t[0].dtype) for t in biases)
-        norms = (layer.attention_norm, layer.output_norm)
-        first, first_bias, last, last_bias = (self._copy([p], p.dtype) for n in norms for p in (n.weight, n.bias))
-        return LayerWeights(
-            *(qkv, qkv_bias, output, output_bias, first, first_bias),
-            *(up, up_bias, down, down_bias, last, last_bias),
-        )
+        self.attend, self.heads = first.attention.attend, first.attention.heads  # not the module, or it would be ours
+        self.hidden_act, self.eps = first.hidden_act, first.attention_norm.eps
+        self.copied: list[tuple[Tensor, nn.Module, str]] = []
+        layers = [self._weights(layer, dtype) for layer in encoder.layers]
+        self.weights = [layers[index] for index in chain.from_iterable(encoder.applications)]
+        self.ends = list(accumulate(len(application) for application in encoder.applications))
 
-    def _copy(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """One tensor of all of them, one below the other."""
-        whole = torch.cat([t.detach().to(dtype) for t in tensors])
-        self.copied += zip(whole.split([len(t) for t in tensors]), tensors, strict=True)
+    def _weights(self, layer: EncoderLayer, dtype: torch.dtype | None) -> LayerWeights:
+        attention = layer.attention
+        groups = [(attention.query, attention.key, attention.value), (attention.output,), (layer.attention_norm,)]
+        groups += [(layer.intermediate,), (layer.output,), (layer.output_norm,)]
+        tensors = []
+        for group in groups:
+            matrix = isinstance(group[0], nn.Linear)
+            tensors.append(self._copy(group, "weight", dtype if matrix else None))
+            tensors.append(self._copy(group, "bias", None))
+        return LayerWeights(*tensors)
+
+    def _copy(self, modules: Sequence[nn.Module], name: str, dtype: torch.dtype | None) -> Tensor:
+        """One tensor of the parameters of that name, one below the other."""
+        parameters = [getattr(module, name).detach() for module in modules]
+        whole = torch.cat([p.to(dtype or parameters[0].dtype) for p in parameters])
+        parts = whole.split([len(p) for p in parameters])
+        self.copied += [(part, module, name) for part, module in zip(parts, modules, strict=True)]
         return whole
 
     def forward(
@@ -357,7 +357,39 @@ class InferenceEncoder(nn.Module):
         )
         if not output_hidden_states:
             return results[-1], None
-        return results[-1], [x, *(results[end - 1] for end in accumulate(self.ends))]
+        return results[-1], [x, *(results[end - 1] for end in self.ends)]
+
+
+def _check_plain(where: str, module: nn.Module, kind: type[nn.Module]) -> None:
+    if not is_plain(module, kind):
+        raise ConfigError(
+            f"{where} is a {type(module).__name__} that may do more than fastbert's {kind.__name__}: "
+            "merge adapters and remove hooks first"
+        )
+
+
+def _check_layer(where: str, layer: nn.Module) -> None:
+    _check_plain(where, layer, EncoderLayer)
+    kind = type(layer.attention)
+    _check_plain(f"{where}.attention", layer.attention, kind if kind in _ATTENTION.values() else SelfAttention)
+    linears = ("attention.query", "attention.key", "attention.value", "attention.output", "intermediate", "output")
+    for name in (*linears, "attention_norm", "output_norm"):
+        module = layer.get_submodule(name)
+        _check_plain(f"{where}.{name}", module, nn.Linear if name in linears else nn.LayerNorm)
+        for parameter in ("weight", "bias"):
+            value = getattr(module, parameter)
+            if type(value) is not nn.Parameter:
+                found = type(value).__name__
+                raise ConfigError(f"{where}.{name}.{parameter} is a {found}, expected a torch.nn.Parameter")
+
+
+def _settings(layer: EncoderLayer) -> dict[str, object]:
+    """All but the weights, as far as evaluation goes."""
+    attention = {"attention": type(layer.attention).__name__, **vars(layer.attention)}
+    numbers = {name: value for name, value in attention.items() if isinstance(value, bool | int | str)}
+    del numbers["training"]
+    eps = layer.attention_norm.eps, layer.output_norm.eps
+    return {**numbers, "hidden_act": layer.hidden_act, "eps": eps[0] if eps[0] == eps[1] else eps}
 
 
 class MaskedLMHead(nn.Module):

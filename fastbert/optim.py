@@ -38,11 +38,19 @@ def main_gradients(parameters: Iterable[Tensor]) -> None:
     shared layer's buffer (fastbert.nn.Encoder) becomes it as it is, without a rounding.
 
     FusedLAMB reads such gradients directly, and GradScaler takes them, also those of fp16 parameters. Parameters of
-    other dtypes are left alone: their gradients are not narrower than they are. DistributedDataParallel, whose buckets
-    have the parameters' dtype, refuses such gradients in backward(); there, train float32 parameters under autocast.
+    other dtypes are left alone: their gradients are not narrower than they are. What is asked for here is part of the
+    parameter object: copies and loaded models have to be asked again. DistributedDataParallel, whose buckets have the
+    parameters' dtype, refuses such gradients in backward(); there, train float32 parameters under autocast.
+
+    Raises ConfigError if a parameter has a gradient already.
     """
     for parameter in parameters:
         if parameter.dtype in (torch.float16, torch.bfloat16):
+            if parameter.grad is not None and parameter.grad.dtype != torch.float32:
+                raise ConfigError(
+                    f"a parameter of shape {tuple(parameter.shape)} has a gradient in {parameter.grad.dtype}, expected "
+                    "none: call zero_grad() before"
+                )
             parameter.grad_dtype = torch.float32
 
 

@@ -20,7 +20,7 @@ for all: the cache binds, not the matrix unit. BERT-base streams 170 MB of weigh
 
 import itertools
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -203,7 +203,7 @@ _STAGES = {(8, 0): 144 << 10, (8, 7): 144 << 10, (9, 0): 192 << 10, (10, 0): 192
 _OTHER_STAGES = 88 << 10
 
 
-@lru_cache
+@cache
 def launch_config(rows: int, columns: int, depth: int, itemsize: int, capability: tuple[int, int]) -> dict:
     """The tiles, and the parts of a sum, that the model above gives the least time."""
     block_k = 64 if itemsize == 2 else 32
@@ -313,14 +313,14 @@ def encoder_layers_fwd(
     eps: float,
     every: bool,
 ) -> list[Tensor]:
-    """See fastbert.ops.encoder_layers: x [..., C] contiguous, `act` as _activated has it; the last of the results or
-    with `every` all of them."""
+    """See fastbert.ops.encoder_layers: x [..., C] and what attend returns are contiguous, `act` is as _activated has
+    it; the last of the results or with `every` all of them."""
     flat = x.view(-1, x.shape[-1])
     launches = _Launches(flat, len(flat), eps)
     state, results = flat, []
     for w in layers:
         qkv = launches.linear(state, w.qkv, w.qkv_bias).view(*x.shape[:-1], 3, heads, -1)
-        o = attend(*qkv.unbind(-3)).reshape(flat.shape)
+        o = attend(*qkv.unbind(-3)).view(flat.shape)
         state = launches.linear(
             o, w.output, w.output_bias, residual=state, norm=(w.attention_norm, w.attention_norm_bias)
         )

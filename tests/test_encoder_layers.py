@@ -1,6 +1,8 @@
 """ops.encoder_layers: every backend against the reference, what it shares with the modules, and bad input."""
 
 from functools import partial
+from importlib import import_module
+from unittest import mock
 
 import pytest
 import torch
@@ -79,6 +81,75 @@ def test_op(backend, rows, heads, head_dim, inner, applications, hidden_act, eps
         partial(call, partial(ops.encoder_layers, backend=backend), **options), partial(written_out, **options), inputs
     )
     assert len(result) == (len(applications) if every else 1)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 7])
+@given(
+    rows=st.sampled_from([1, 9, 33, 70]),
+    heads=st.integers(1, 3),
+    head_dim=st.sampled_from([8, 26]),
+    inner=st.sampled_from([40, 100, 129]),
+    dtype=st.sampled_from([torch.float32, *SIXTEEN]),
+    seed=st.integers(0, 2**20),
+)
+@settings(max_examples=4)
+def test_sums_in_parts(parts, rows, heads, head_dim, inner, dtype, seed):
+    """Tiles whose sum several programs share, in several launches that share their counters."""
+    kernels, launched = import_module("fastbert.kernels.encoder_layers"), []
+    usual = kernels.launch_config
+
+    def config(rows, columns, depth, *rest):
+        split = max(n for n in range(1, parts + 1) if (n - 1) * 16 * -(-depth // (16 * n)) < depth)
+        launched.append(split)
+        return usual(rows, columns, depth, *rest) | {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "SPLIT": split}
+
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, rows, heads * head_dim, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+    layer = draw_layer(heads * head_dim, inner, dtype, generator)
+    options = dict(heads=heads, hidden_act="gelu", eps=1e-12)
+    inputs = {"x": x, "layers": [list(layer)], "applications": [0, 0]}
+    with mock.patch.object(kernels, "launch_config", config):
+        ours = partial(call, partial(ops.encoder_layers, backend="triton"), **options)
+        compare(ours, partial(written_out, **options), inputs)
+    assert max(launched) > 1 or parts == 1
+
+
+def test_the_sums_of_albert_base_are_split():
+    """What ships has parts too; and none of them is empty."""
+    launch_config = import_module("fastbert.kernels.encoder_layers").launch_config
+    assert launch_config(128, 768, 3072, 2, (9, 0))["SPLIT"] > 1
+    for rows in (1, 16, 32, 100, 128, 500, 4096):
+        for columns, depth in ((2304, 768), (768, 768), (3072, 768), (768, 3072), (936, 312), (312, 1248)):
+            config = launch_config(rows, columns, depth, 2, (9, 0))
+            part = -(-depth // (config["SPLIT"] * config["BLOCK_K"])) * config["BLOCK_K"]
+            assert part * (config["SPLIT"] - 1) < depth and config["num_stages"] >= 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_may_answer_with_a_view(backend):
+    generator = torch.Generator().manual_seed(0)
+    layer = draw_layer(32, 48, torch.float32, generator)
+    x = torch.randn(2, 6, 32, generator=generator).to(DEVICE)
+    view = ops.encoder_layers(x, [layer], lambda q, k, v: v, heads=2, backend=backend)[0]
+    want = ops.encoder_layers(x, [layer], lambda q, k, v: v.contiguous(), heads=2, backend="reference")[0]
+    torch.testing.assert_close(view, want, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_must_answer_in_the_shape_of_q():
+    layer = draw_layer(32, 48, torch.float32, torch.Generator().manual_seed(0))
+    x = torch.randn(2, 6, 32).to(DEVICE)
+    with pytest.raises(ShapeError, match=r"attend's result: got shape \(2, 6, 2, 8\), expected \(2, 6, 2, 16\)"):
+        ops.encoder_layers(x, [layer], lambda q, k, v: v[..., :8], heads=2, backend="triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_change_the_dtype(backend):
+    layer = draw_layer(32, 48, torch.float32, torch.Generator().manual_seed(0))
+    x = torch.randn(2, 6, 32).to(DEVICE)
+    run = partial(ops.encoder_layers, x, [layer], lambda q, k, v: v.contiguous(), heads=2, backend=backend)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        inside = run()[0]
+    assert inside.dtype == torch.float32 and torch.equal(inside, run()[0])
 
 
 @pytest.mark.skipif(

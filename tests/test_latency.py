@@ -135,6 +135,92 @@ def test_weights_that_were_written_to_are_copied_again(family, buckets):
         assert_same(fast(ids), model(ids))
 
 
+@pytest.mark.parametrize("buckets", [True, False])
+def test_refresh_sees_what_leaves_no_trace(buckets):
+    """Fused optimizers raise no version; parameters are replaced by load_state_dict(assign=True)."""
+    model = build("albert").eval().to(DEVICE)
+    fast = compiled(model, buckets=buckets)
+    ids = batch([7, 7])[0].to(DEVICE)
+    fast(ids)
+    model(ids, labels=ids).loss.backward()
+    torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
+    fast.refresh()
+    with torch.no_grad():
+        assert_same(fast(ids), model(ids))
+    model.load_state_dict(build("albert", seed=1).to(DEVICE).state_dict(), assign=True)
+    fast.refresh()
+    with torch.no_grad():
+        assert_same(fast(ids), model(ids))
+        next(model.parameters()).mul_(2)  # and the new ones are looked at
+        assert_same(fast(ids), model(ids))
+
+
+def test_a_tensor_that_encoder_and_head_share_is_copied_to_both():
+    model = build("bert", "model").eval().to(DEVICE)
+    model.pooler.dense.weight = model.encoder.layers[0].attention.output.weight
+    fast = compiled(model)
+    ids = batch([7, 7])[0].to(DEVICE)
+    fast(ids)
+    with torch.no_grad():
+        model.pooler.dense.weight.mul_(-3)
+        assert_same(fast(ids), model(ids))
+
+
+@pytest.mark.parametrize("buckets", [True, False])
+@pytest.mark.parametrize("first_inside", [True, False])
+def test_calls_within_and_without_inference_mode(buckets, first_inside):
+    model = build("roformer").eval().to(DEVICE)
+    ids = batch([7, 7])[0].to(DEVICE)
+    with torch.no_grad():
+        want = model(ids)
+    with torch.inference_mode(first_inside):
+        fast = compiled(model, buckets=buckets)
+        assert_same(fast(ids), want)
+    for inside in (False, True, False):
+        with torch.inference_mode(inside):
+            assert_same(fast(ids.clone()), want)
+            next(model.parameters()).mul_(1) if inside else None
+            fast.refresh()
+    with torch.inference_mode():
+        other = build("roformer")
+    with pytest.raises(ConfigError, match="model: got one made within torch.inference_mode"):
+        fastbert.compile_for_latency(other)
+
+
+@pytest.mark.parametrize("buckets", [True, False])
+@pytest.mark.parametrize("family", ["albert", "nezha"])
+def test_autocast_around_a_call_has_no_say(buckets, family):
+    model = build(family).float().eval().to(DEVICE)
+    ids = batch([7, 7])[0].to(DEVICE)
+    with torch.no_grad():
+        want = model(ids)
+    fast = compiled(model, buckets=buckets)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert_same(fast(ids), want, rtol=1e-5, atol=1e-5)
+
+
+def test_positions_that_follow_the_ids_are_found_in_every_call():
+    """RoBERTa counts tokens that are not padding, also where there is no mask."""
+    model = build("roberta", "model").eval().to(DEVICE)
+    fast, pad = compiled(model), model.config.pad_token_id
+    for places in ([], [0, 1], [4], []):
+        ids = torch.randint(5, 40, (2, 6), device=DEVICE)
+        ids[:, places] = pad
+        with torch.no_grad():
+            assert_same(fast(ids), model(ids))
+
+
+def test_layouts_that_are_kept_are_bounded(monkeypatch):
+    monkeypatch.setattr(latency, "_SHAPES", 3)
+    model = build("bert", "model").eval().to(DEVICE)
+    fast = compiled(model)
+    for shape in [(1, 3), (1, 4), (2, 3), (2, 4), (1, 3), (3, 3)] * 2:
+        ids = torch.randint(5, 40, shape, device=DEVICE)
+        with torch.no_grad():
+            assert_same(fast(ids), model(ids))
+        assert len(fast._plain) <= 3
+
+
 def test_a_model_in_training_mode_is_answered_for_as_in_evaluation():
     model = build("bert", hidden_dropout_prob=0.5).to(DEVICE).train()
     ids = batch([7, 7])[0].to(DEVICE)
@@ -235,12 +321,55 @@ def test_bad_settings_are_named(arguments, error, message):
         fastbert.compile_for_latency(**{"model": build("bert")} | arguments)
 
 
+def _hook(model):
+    model.encoder.register_forward_hook(lambda *_: None)
+
+
+def _subclass(model):
+    model.encoder.__class__ = type("Other", (fastbert.nn.Encoder,), {})
+
+
+def _patch(model):
+    linear = model.encoder.layers[1].intermediate
+    linear.forward = lambda x: torch.nn.Linear.forward(linear, x) * 2
+
+
+def _no_bias(model):
+    model.encoder.layers[1].output.bias = None
+
+
+def _other_eps(model):
+    model.encoder.layers[1].output_norm.eps = 0.1
+
+
+def _other_radius(model):
+    model.encoder.layers[1].attention.max_relative_position = 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (_hook, "the encoder is a Encoder that may do more"),
+        (_subclass, "the encoder is a Other that may do more than fastbert's Encoder"),
+        (_patch, r"layers.1.intermediate is a Linear that may do more"),
+        (_no_bias, r"layers.1.output.bias is a NoneType, expected a torch.nn.Parameter"),
+        (_other_eps, r"layers.1 has settings .*'eps': \(1e-12, 0.1\).* as layers.0"),
+        (_other_radius, r"layers.1 has settings .*'max_relative_position': 1"),
+    ],
+)
+def test_what_would_be_dropped_in_silence_is_refused(change, message):
+    model = build("nezha", "model")
+    change(model)
+    with pytest.raises(ConfigError, match=message):
+        fastbert.compile_for_latency(model)
+
+
 @pytest.mark.parametrize("place", ["attention.query", "output", "attention_norm", "attention", ""])
 def test_adapters_and_hooks_are_refused_by_name(place):
     model = build("bert")
     module = model.get_submodule("model.encoder.layers.1" + (place and f".{place}"))
     module.register_forward_hook(lambda *_: None)
-    with pytest.raises(ConfigError, match=rf"layers.1.{place} is a .* merge adapters and remove hooks"):
+    with pytest.raises(ConfigError, match=rf"layers.1\.?{place} is a .* merge adapters and remove hooks"):
         fastbert.compile_for_latency(model)
 
 

@@ -62,10 +62,12 @@ def encoder_layers(
     x: [..., C], floating. layers: the weights of each application; a shared layer's come as often as it is applied.
     attend(q, k, v): the attention, [..., H, D] -> [..., H, D], views of one projection. hidden_act: by its name in
     transformers. every: return the result of each application, not of the last alone.
-    Returns a list of [..., C] in x's dtype. Backend "triton": float16, bfloat16 and float32 on CUDA, a few launches a
-    layer, for up to some thousand rows; on the CPU in Triton's interpreter only, if asked for. Backend "cuda": all
-    layers in one launch, only if asked for; x [B, L, C] of 16 bits with B <= 8, L <= 512, heads of 64 columns, C and I
-    multiples of 64, gelu or relu; `attend` is ops.attention or a functools.partial of it with a key_padding_mask.
+    Returns a list of [..., C] in x's dtype, under autocast too.
+
+    Backend "triton": float16, bfloat16 and float32 on CUDA, a few launches a layer, for up to some thousand rows; on
+    the CPU in Triton's interpreter only, if asked for. Backend "cuda": all layers in one launch, only if asked for; x
+    [B, L, C] of 16 bits with B <= 8, L <= 512, heads of 64 columns, C and I multiples of 64, gelu or relu; `attend` is
+    ops.attention or a functools.partial of it with a key_padding_mask.
 
     Raises ShapeError, DtypeError, ConfigError (hidden_act, eps), BackendError.
     Source: Vaswani et al. (2017), arXiv 1706.03762; Devlin et al. (2018), arXiv 1810.04805, section 3.
@@ -83,7 +85,8 @@ def encoder_layers(
     act = ACTIVATIONS[hidden_act]
     order = _ON_CUDA if x.is_cuda and x.dtype != torch.float32 else _ELSEWHERE
     name = pick("encoder_layers", order, backend, x, layers, attend, heads, act, every)
-    return _TWINS[name](x, layers, attend, heads=heads, act=act, eps=eps, every=every)
+    with torch.autocast(x.device.type, enabled=False):
+        return _TWINS[name](x, layers, attend, heads=heads, act=act, eps=eps, every=every)
 
 
 def _check_weights(where: str, weights: LayerWeights, x: Tensor) -> None:
@@ -116,7 +119,14 @@ def _triton(x: Tensor, layers, attend, *, heads: int, act: str, eps: float, ever
     if x.numel() == 0:
         return [torch.empty_like(x)] * (len(layers) if every else 1)
     layers = [LayerWeights(*(t.contiguous() for t in weights)) for weights in layers]
-    return encoder_layers_fwd(x.contiguous(), layers, attend, heads, act, eps, every)
+
+    def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o = attend(q, k, v)
+        checks.shape("attend's result", o, q.shape, "as q")
+        checks.same_dtype(q=q, **{"attend's result": o})
+        return o.contiguous()
+
+    return encoder_layers_fwd(x.contiguous(), layers, attended, heads, act, eps, every)
 
 
 _ONE_LAUNCH = ("none", "tanh", "relu")  # its activations, in the order of csrc/encoder_launch.h

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import portable
+from fastbert.backend import is_asked_for
 from fastbert.errors import ShapeError
 from fastbert.ops import checks
 
@@ -189,3 +190,12 @@ class _Widen(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient, None
+
+
+def can_share() -> bool:
+    """Whether the functions above serve: they can be differentiated once, and not by torch.func's transforms; so not
+    under use_backend("reference"), which can."""
+    return not (torch._C._are_functorch_transforms_active() or is_asked_for("reference"))
+
+
+can_share._dynamo_marked_constant = True  # as in fastbert.backend
