@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason="there is no C
 
 
 def compiled(tmp_path, sources, *flags):
-    """The program of these sources, with headers of CUDA that hold nothing; skips where flags are not supported."""
+    """The program of these sources, with headers of CUDA that hold nothing."""
     for name in ("cuda_bf16.h", "cuda_fp16.h", "cuda_runtime.h"):
         (tmp_path / name).touch()
     include = [f"-I{folder}" for folder in (tmp_path, ROOT / "csrc", ROOT / "tests" / "csrc")]
@@ -23,6 +23,16 @@ def compiled(tmp_path, sources, *flags):
     done = subprocess.run([*command, *sources, "-o", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return program
+
+
+def thread_sanitizer(tmp_path):
+    """The flags of the thread sanitizer; skips where it does not run."""
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() {}")
+    linked = subprocess.run([CXX, "-fsanitize=thread", probe, "-o", tmp_path / "probe"], capture_output=True)
+    if linked.returncode or subprocess.run([tmp_path / "probe"]).returncode:
+        pytest.skip("the compiler has no thread sanitizer that runs here")
+    return "-g", "-fsanitize=thread"
 
 
 def test_the_cuda_source_does_what_the_cpu_part_does(tmp_path):
@@ -37,13 +47,7 @@ def test_the_cuda_source_does_what_the_cpu_part_does(tmp_path):
 
 def test_blocks_that_run_at_once_do_not_race(tmp_path):
     """And the result does not depend on how many there are."""
-    flags = ["-g", "-fsanitize=thread"]
-    probe = tmp_path / "probe.cpp"
-    probe.write_text("int main() {}")
-    linked = subprocess.run([CXX, "-fsanitize=thread", probe, "-o", tmp_path / "probe"], capture_output=True)
-    if linked.returncode or subprocess.run([tmp_path / "probe"]).returncode:
-        pytest.skip("the compiler has no thread sanitizer that runs here")
-    program = compiled(tmp_path, ["tests/csrc/lamb_races.cpp", "csrc/lamb_cpu.cpp"], *flags)
+    program = compiled(tmp_path, ["tests/csrc/lamb_races.cpp", "csrc/lamb_cpu.cpp"], *thread_sanitizer(tmp_path))
     results = set()
     for threads in ("1", "2", "3", "5"):
         done = subprocess.run([program, threads], capture_output=True, text=True, timeout=600)
