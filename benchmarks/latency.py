@@ -13,7 +13,7 @@ from torch import nn
 
 import fastbert
 
-from .ceilings import DTYPES
+from .ceilings import DTYPES, Work
 from .clocks import Step
 from .harness import Case, Provider
 from .models import BASE, CPU_SIZES, ModelBenchmark, Runnable
@@ -65,6 +65,9 @@ class LatencyBenchmark(ModelBenchmark):
         found = self._compiled(case)
         uncaptured = compiled(found.model, mode="max-autotune-no-cudagraphs")
         return Runnable(found.model, case, call=uncaptured, called=compiled(found.model, mode="max-autotune"))
+
+    def work(self, case: Case, mode: str) -> Work:
+        return super().work(case, "fwd")
 
     def step(self, op: Runnable, inputs: dict, mode: str) -> Step:
         if mode == "call" and op.called is not None:
