@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert import ops
+from fastbert.ops.shared_linear import share, shared_linear
 from fastbert.testing import FLOOR, Mismatch
 
 from .ceilings import DTYPES, Work
@@ -89,10 +89,10 @@ def _double(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
 
 
 def _accumulated(xs: list[Tensor], dys: list[Tensor], weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    (shared,), total = ops.share(weight.dtype, [([weight], [bias])])
+    (shared,), total = share(weight.dtype, [([weight], [bias])])
     ys = []
     for x in xs:
-        y, total = ops.shared_linear(x, shared, total)
+        y, total = shared_linear(x, shared, total)
         ys.append(y)
     return _gradients(ys, xs, dys, weight, bias)
 

@@ -216,6 +216,8 @@ def _tiny_calls(device) -> dict[str, Callable]:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     q, x, w = (torch.ones(shape, device=device, dtype=dtype) for shape in ((1, 16, 1, 64), (16, 64), (64,)))
     ids = torch.zeros(16, dtype=torch.int64, device=device)
+    thrice = torch.ones(192, 64, device=device, dtype=dtype)
+    layer = ops.LayerWeights(thrice, thrice[:, 0], thrice[:64], w, w, w, thrice[:64], w, thrice[:64], w, w, w)
     lists = {name: [torch.ones(64, device=device)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
     return {
         "attention": lambda: ops.attention(q, q, q),
@@ -225,5 +227,6 @@ def _tiny_calls(device) -> dict[str, Callable]:
         "bias_gelu": lambda: ops.bias_gelu(x, w),
         "embedding_layer_norm": lambda: ops.embedding_layer_norm(ids, x, w, w),
         "linear_cross_entropy": lambda: ops.linear_cross_entropy(x, x, x[:, 0], ids),
+        "encoder_layers": lambda: ops.encoder_layers(x[None], [layer], ops.attention, heads=1),
         "lamb": lambda: ops.lamb([ops.LambGroup(**lists, steps=[torch.ones(1, device=device)], lr=0.0)]),
     }

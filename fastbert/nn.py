@@ -20,7 +20,7 @@ from fastbert import ops
 from fastbert.config import EncoderConfig
 from fastbert.errors import ConfigError
 from fastbert.ops.encoder_layers import ACTIVATIONS, LayerWeights
-from fastbert.ops.shared_linear import SharedWeight
+from fastbert.ops.shared_linear import SharedWeight, can_share, share, shared_linear, widened
 
 _GELU = {name: form for name, form in ACTIVATIONS.items() if form in ("none", "tanh")}
 _OTHER = {name: getattr(F, function) for name, function in ACTIVATIONS.items() if name not in _GELU}
@@ -199,15 +199,15 @@ class SharedWeights(Weights):
         if layer.hidden_act in _GELU:  # whose op adds the bias
             lone += groups[2][1]
             groups[2] = (groups[2][0], [])
-        found, total = ops.share(_product_dtype(layer.intermediate.weight), groups)
-        return cls(dict(zip(together, found, strict=True)), {p: ops.widened(p) for p in lone}, total)
+        found, total = share(_product_dtype(layer.intermediate.weight), groups)
+        return cls(dict(zip(together, found, strict=True)), {p: widened(p) for p in lone}, total)
 
     def again(self, total: Tensor) -> "SharedWeights":
         """The same for another application."""
         return SharedWeights(self.linears, self.vectors, total)
 
     def linear(self, x: Tensor, *modules: nn.Module) -> Sequence[Tensor]:
-        y, self.total = ops.shared_linear(x, self.linears[modules], self.total)
+        y, self.total = shared_linear(x, self.linears[modules], self.total)
         return y.split([module.out_features for module in modules], dim=-1)
 
     def activated(self, x: Tensor, module: nn.Module, hidden_act: str) -> Tensor:
@@ -271,7 +271,7 @@ class Encoder(nn.Module):
 
     def _shared(self) -> dict[int, SharedWeights]:
         """The shared weights of this forward pass, by the index of the layer."""
-        if not torch.is_grad_enabled() or not ops.can_share():
+        if not torch.is_grad_enabled() or not can_share():
             return {}
         times = Counter(chain.from_iterable(self.applications))
         found = {index: SharedWeights.of(self.layers[index]) for index, count in times.items() if count > 1}

@@ -15,6 +15,7 @@ import fastbert
 from fastbert import ops, portable
 from fastbert.errors import ConfigError, DtypeError, ShapeError
 from fastbert.nn import Encoder
+from fastbert.ops.shared_linear import share, shared_linear
 from fastbert.optim import FusedLAMB, main_gradients, param_groups
 from fastbert.testing import compare
 
@@ -75,10 +76,10 @@ def summed(found, original, dtype=torch.float64):
 
 def chained(x, weights, biases, applications, dtype=None):
     """tanh of a shared linear layer, time and again; and the first input times the second weight."""
-    (first, second), total = ops.share(dtype or x.dtype, [(weights[:2], biases), (weights[2:], [])])
-    extra, total = ops.shared_linear(x, second, total)
+    (first, second), total = share(dtype or x.dtype, [(weights[:2], biases), (weights[2:], [])])
+    extra, total = shared_linear(x, second, total)
     for _ in range(applications):
-        x, total = ops.shared_linear(x, first, total)
+        x, total = shared_linear(x, first, total)
         x = x.tanh()
     return x, extra
 
@@ -117,8 +118,8 @@ def test_op(device, rows, half, applications, has_bias, dtype, seed):
 
 def test_leading_dimensions_and_frozen_inputs():
     x, weight, bias = torch.randn(2, 3, 5), torch.randn(4, 5, requires_grad=True), torch.randn(4, requires_grad=True)
-    (shared,), total = ops.share(torch.float32, [([weight], [bias])])
-    y, _ = ops.shared_linear(x, shared, total)
+    (shared,), total = share(torch.float32, [([weight], [bias])])
+    y, _ = shared_linear(x, shared, total)
     torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias))
     y.square().sum().backward()
     (want,) = torch.autograd.grad(torch.nn.functional.linear(x, weight, bias).square().sum(), weight)
@@ -139,13 +140,13 @@ def test_leading_dimensions_and_frozen_inputs():
 )
 def test_bad_groups_are_named(groups, error, message):
     with pytest.raises(error, match=message):
-        ops.share(torch.float32, groups)
+        share(torch.float32, groups)
 
 
 def test_an_input_of_another_width_is_named():
-    (shared,), total = ops.share(torch.float32, [([torch.ones(2, 3, requires_grad=True)], [])])
+    (shared,), total = share(torch.float32, [([torch.ones(2, 3, requires_grad=True)], [])])
     with pytest.raises(ShapeError, match=r"x: got shape \(5, 4\), expected \(5, 3\)"):
-        ops.shared_linear(torch.ones(5, 4), shared, total)
+        shared_linear(torch.ones(5, 4), shared, total)
 
 
 # ---------------------------------------------------------------- the encoder
@@ -214,10 +215,10 @@ def test_the_sum_itself_loses_nothing(dtype):
     x = torch.randn(8, 16).to(dtype)
     weight = torch.randn(4, 16).to(dtype).requires_grad_()
     main_gradients([weight])
-    (shared,), total = ops.share(dtype, [([weight], [])])
+    (shared,), total = share(dtype, [([weight], [])])
     outputs = []
     for _ in range(256):
-        y, total = ops.shared_linear(x, shared, total)
+        y, total = shared_linear(x, shared, total)
         outputs.append(y)
     torch.stack(outputs).sum(dtype=torch.float32).backward()
     want = 256 * x.double().sum(0).expand(4, 16)

@@ -9,14 +9,12 @@ from fastbert.ops.lamb import LambGroup, lamb
 from fastbert.ops.linear_cross_entropy import linear_cross_entropy
 from fastbert.ops.relative_attention import relative_attention
 from fastbert.ops.rotary_attention import rotary_attention
-from fastbert.ops.shared_linear import can_share, share, shared_linear, widened
 
 __all__ = [
     "LambGroup",
     "LayerWeights",
     "attention",
     "bias_gelu",
-    "can_share",
     "dropout_add_layer_norm",
     "embedding_layer_norm",
     "encoder_layers",
@@ -24,7 +22,4 @@ __all__ = [
     "linear_cross_entropy",
     "relative_attention",
     "rotary_attention",
-    "share",
-    "shared_linear",
-    "widened",
 ]
