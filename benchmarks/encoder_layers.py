@@ -21,7 +21,7 @@ class EncoderLayersBenchmark(OpBenchmark):
     op = "encoder_layers"
     modes = ("fwd",)
     backends = ("triton", "cuda", "torch")
-    tiny = {"B": 1, "L": 32, "C": 64, "I": 128, "H": 1, "layers": 2}
+    tiny = {"B": 1, "L": 16, "C": 64, "I": 128, "H": 1, "layers": 1}
     sweep = (
         "encoder_layers",
         [

@@ -226,9 +226,8 @@ def launch_config(rows: int, columns: int, depth: int, itemsize: int, capability
         block_m, block_n, split = choice
         if split == 1:
             return True
-        part = triton.cdiv(depth, split * block_k) * block_k
         programs = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n) * split
-        return depth >= 128 * split and part * (split - 1) < depth and programs <= 2 * _PROCESSORS
+        return depth >= 128 * split and _parts(depth, split, block_k) == split and programs <= 2 * _PROCESSORS
 
     block_m, block_n, split = min(filter(fits, tiles), key=microseconds)
     stages = _STAGES.get(capability, _OTHER_STAGES) // ((block_m + block_n) * block_k * itemsize)
@@ -242,6 +241,11 @@ def launch_config(rows: int, columns: int, depth: int, itemsize: int, capability
     }
 
 
+def _parts(depth: int, split: int, block_k: int) -> int:
+    """How many parts of a sum are not empty, if it is cut into `split` parts of whole blocks."""
+    return triton.cdiv(depth, triton.cdiv(depth, split * block_k) * block_k)
+
+
 class _Launches:
     """The products of one forward pass over `rows` rows, and what they share."""
 
@@ -249,7 +253,7 @@ class _Launches:
         self.like, self.rows, self.eps = like, rows, eps
         interpreted = triton.knobs.runtime.interpret
         self.capability = (0, 0) if interpreted else torch.cuda.get_device_capability(like.device)
-        # One for each tile whose sum is split, of which there are fewer; each launch leaves them at zero.
+        # One for each tile whose sum is split, of which launch_config makes fewer; each launch leaves them at zero.
         self.count = torch.zeros(2 * _PROCESSORS, dtype=torch.int32, device=like.device)
 
     def linear(
@@ -265,9 +269,12 @@ class _Launches:
         """act(x W' + b) + residual, and with `norm` its norm, deferred."""
         columns, depth = weight.shape
         config = launch_config(self.rows, columns, depth, weight.element_size(), self.capability)
+        config = config | {"SPLIT": _parts(depth, config["SPLIT"], config["BLOCK_K"])}  # a sweep asks for any
         y = self.like.new_empty(self.rows, columns)
         tiles_n = triton.cdiv(columns, config["BLOCK_N"])
         tiles = triton.cdiv(self.rows, config["BLOCK_M"]) * tiles_n
+        if config["SPLIT"] > 1 and tiles > len(self.count):
+            self.count = torch.zeros(tiles, dtype=torch.int32, device=self.like.device)
         stats = self.like.new_empty(self.rows, tiles_n, 2, dtype=torch.float32) if norm else None
         size = config["BLOCK_M"] * config["BLOCK_N"] * config["SPLIT"] * tiles
         parts = self.like.new_empty(size, dtype=torch.float32) if config["SPLIT"] > 1 else None

@@ -99,9 +99,8 @@ def test_sums_in_parts(parts, rows, heads, head_dim, inner, dtype, seed):
     usual = kernels.launch_config
 
     def config(rows, columns, depth, *rest):
-        split = max(n for n in range(1, parts + 1) if (n - 1) * 16 * -(-depth // (16 * n)) < depth)
-        launched.append(split)
-        return usual(rows, columns, depth, *rest) | {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "SPLIT": split}
+        launched.append(kernels._parts(depth, parts, 16))  # where a part would be empty there are fewer
+        return usual(rows, columns, depth, *rest) | {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "SPLIT": parts}
 
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, rows, heads * head_dim, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
@@ -112,6 +111,22 @@ def test_sums_in_parts(parts, rows, heads, head_dim, inner, dtype, seed):
         ours = partial(call, partial(ops.encoder_layers, backend="triton"), **options)
         compare(ours, partial(written_out, **options), inputs)
     assert max(launched) > 1 or parts == 1
+
+
+def test_more_split_tiles_than_counters(monkeypatch):
+    """Of a configuration that a sweep tries."""
+    kernels = import_module("fastbert.kernels.encoder_layers")
+    usual, sizes = kernels.launch_config, []
+    small = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "SPLIT": 2}
+    monkeypatch.setattr(kernels, "launch_config", lambda *arguments: usual(*arguments) | small)
+    monkeypatch.setattr(kernels, "_PROCESSORS", 1)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, **o: (sizes.append(size), zeros(*size, **o))[1])
+    layer = draw_layer(64, 64, torch.float32, torch.Generator().manual_seed(0))
+    x = torch.randn(1, 40, 64).to(DEVICE)
+    run = partial(ops.encoder_layers, x, [layer], lambda q, k, v: v, heads=1)
+    torch.testing.assert_close(run(backend="triton")[0], run(backend="reference")[0], rtol=1e-4, atol=1e-5)
+    assert sizes[:2] == [(2,), (18,)]
 
 
 def test_the_sums_of_albert_base_are_split():
