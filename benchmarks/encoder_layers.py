@@ -13,7 +13,7 @@ from fastbert import ops, reference
 from fastbert.ops.encoder_layers import ACTIVATIONS, LayerWeights
 
 from .ceilings import DTYPES, Work
-from .harness import Case
+from .harness import Case, Provider
 from .op import OpBenchmark, generator_on
 
 
@@ -35,6 +35,10 @@ class EncoderLayersBenchmark(OpBenchmark):
         sizes = {"C": 768, "I": 3072, "H": 12, "layers": 12} if cuda else {"C": 384, "I": 1536, "H": 6, "layers": 4}
         places = ((1, 128), (1, 32), (1, 512), (8, 128)) if cuda else ((1, 128), (1, 32))
         return [{"B": b, "L": length, **sizes, "groups": groups} for b, length in places for groups in (1, 0)]
+
+    def providers(self, case: Case) -> list[Provider]:
+        """All layers in one launch is for 16 bits."""
+        return [p for p in super().providers(case) if p.name != "fastbert-cuda" or case.dtype != "fp32"]
 
     def flags(self, case: Case) -> dict:
         return {"heads": case["H"], "eps": 1e-12}

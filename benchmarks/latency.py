@@ -16,7 +16,7 @@ import fastbert
 from .ceilings import DTYPES, Work
 from .clocks import Step
 from .harness import Case, Provider
-from .models import BASE, CPU_SIZES, ModelBenchmark, Runnable
+from .models import BASE, CPU_SIZES, ModelBenchmark, Runnable, has_sdpa
 from .op import compiled
 
 
@@ -62,9 +62,9 @@ class LatencyBenchmark(ModelBenchmark):
         return Runnable(model, case, call=torch.no_grad()(made.uncaptured), called=made)
 
     def _tuned(self, case: Case) -> Runnable:
-        found = self._compiled(case)
-        uncaptured = compiled(found.model, mode="max-autotune-no-cudagraphs")
-        return Runnable(found.model, case, call=uncaptured, called=compiled(found.model, mode="max-autotune"))
+        model = self._theirs("sdpa" if has_sdpa(case) else "eager", case).model
+        uncaptured, captured = (compiled(model, mode=f"max-autotune{end}") for end in ("-no-cudagraphs", ""))
+        return Runnable(model, case, call=uncaptured, called=captured)
 
     def work(self, case: Case, mode: str) -> Work:
         return super().work(case, "fwd")

@@ -135,8 +135,7 @@ class ModelBenchmark(Benchmark):
         return Runnable(self.prepared(transformers_model(case, form), case).to(case.device), case)
 
     def _compiled(self, case: Case) -> Runnable:
-        form = "sdpa" if _has_sdpa(case) else "eager"
-        model = self.prepared(transformers_model(case, form), case).to(case.device)
+        model = self._theirs("sdpa" if has_sdpa(case) else "eager", case).model
         return Runnable(model, case, call=compiled(model))
 
     def prepared(self, model: nn.Module, case: Case) -> nn.Module:
@@ -259,14 +258,14 @@ def transformers_class(case: Case):
 def transformers_model(case: Case, attention: str) -> nn.Module:
     """A transformers model with random weights, the same for every form of attention."""
     model_class = transformers_class(case)
-    if attention == "sdpa" and not _has_sdpa(case):
+    if attention == "sdpa" and not has_sdpa(case):
         raise Missing(f"transformers has no SDPA for {class_name(case)}")
     config = model_class.config_class(**transformers_config(case))
     torch.manual_seed(0)
     return model_class._from_config(config, attn_implementation=attention)
 
 
-def _has_sdpa(case: Case) -> bool:
+def has_sdpa(case: Case) -> bool:
     return getattr(transformers_class(case), "_supports_sdpa", False)
 
 

@@ -260,6 +260,7 @@ def status(results: Results) -> str:
             same = defaultdict(list)
             for dtype in dtypes if provider.ours else ():
                 cells = []
+                serves = {each.name for each in benchmark.providers(Case(_first_shape(name, cuda=True), dtype))}
                 for device, gpu in devices.items():
                     ran = [row for row in found if (row["device"], row.get("dtype")) == (device, dtype)]
                     said = _standing(ran, benchmark.modes, _first_shape(name, gpu))
@@ -267,7 +268,7 @@ def status(results: Results) -> str:
                         said = "no kernel yet"
                     elif said == NOT_YET and not gpu and provider.name == f"{OURS}-triton":
                         said = "needs a GPU"
-                    elif said == NOT_YET and dtype not in used[gpu]:
+                    elif said == NOT_YET and (dtype not in used[gpu] or provider.name not in serves):
                         said = "-"
                     cells.append(said)
                 same[tuple(cells)].append(dtype)
@@ -302,9 +303,10 @@ def _is_unwritten(name: str, provider: str) -> bool:
     """Whether the op itself says that nobody has written this backend yet."""
     benchmark = cli.load(name)
     case = Case(_first_shape(name, cuda=False) | benchmark.tiny, "fp32")
-    [chosen] = (each for each in benchmark.providers(case) if each.name == provider)
+    chosen = [each for each in benchmark.providers(case) if each.name == provider]  # none if it is not for this dtype
     try:
-        chosen.make(case)(**benchmark.inputs(case, seed=0))
+        for each in chosen:
+            each.make(case)(**benchmark.inputs(case, seed=0))
     except BackendError as error:
         return str(error).endswith(NO_KERNEL)
     return False

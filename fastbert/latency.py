@@ -17,6 +17,9 @@ from fastbert.nn import Encoder, InferenceEncoder
 from fastbert.ops import checks
 from fastbert.packing import Layout
 
+_SHAPES = 256  # of calls without a mask, whose layouts are kept
+_CAPTURING = threading.Lock()  # a process can capture one graph at a time
+
 
 def compile_for_latency(
     model: PretrainedModel, max_batch: int = 8, max_length: int | None = None, *, dtype: torch.dtype | None = None
@@ -185,7 +188,7 @@ def _check(model: object, max_batch: object, max_length: object, dtype: object) 
         raise ConfigError("model: got one made within torch.inference_mode, expected one made outside of it")
     limit = model.config.max_length
     for name, value in (("max_batch", max_batch), ("max_length", max_length)):
-        if value is not None and (type(value) is not int or value < 1):
+        if not (value is None and name == "max_length") and (type(value) is not int or value < 1):
             raise ConfigError(f"{name}: got {value!r}, expected an int, at least 1")
     if max_length is not None and limit is not None and max_length > limit:
         raise ConfigError(f"max_length: got {max_length}, expected at most {limit}, which the position table allows")
@@ -214,10 +217,6 @@ def _size(rows: int, max_batch: int) -> int:
     step = max(16, 1 << max(0, (rows - 1).bit_length() - 3))
     size = -(-rows // step) * step
     return size + 16 if size == max_batch + 1 else size
-
-
-_SHAPES = 256  # of calls without a mask, whose layouts are kept
-_CAPTURING = threading.Lock()  # a process can capture one graph at a time
 
 
 class _Bucket:

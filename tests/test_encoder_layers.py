@@ -150,11 +150,12 @@ def test_attention_may_answer_with_a_view(backend):
     torch.testing.assert_close(view, want, rtol=1e-4, atol=1e-5)
 
 
-def test_attention_must_answer_in_the_shape_of_q():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_must_answer_in_the_shape_of_q(backend):
     layer = draw_layer(32, 48, torch.float32, torch.Generator().manual_seed(0))
     x = torch.randn(2, 6, 32).to(DEVICE)
     with pytest.raises(ShapeError, match=r"attend's result: got shape \(2, 6, 2, 8\), expected \(2, 6, 2, 16\)"):
-        ops.encoder_layers(x, [layer], lambda q, k, v: v[..., :8], heads=2, backend="triton")
+        ops.encoder_layers(x, [layer], lambda q, k, v: v[..., :8], heads=2, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

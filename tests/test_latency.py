@@ -310,6 +310,7 @@ def test_ids_beyond_the_vocabulary_are_named():
     [
         (dict(model=torch.nn.Linear(2, 2)), ConfigError, "model: got a Linear"),
         (dict(max_batch=0), ConfigError, "max_batch: got 0"),
+        (dict(max_batch=None), ConfigError, "max_batch: got None"),
         (dict(max_length=25), ConfigError, "max_length: got 25, expected at most 24"),
         (dict(max_length=1.5), ConfigError, "max_length: got 1.5"),
         (dict(dtype=torch.int8), DtypeError, "dtype: got torch.int8"),

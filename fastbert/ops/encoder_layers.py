@@ -85,8 +85,16 @@ def encoder_layers(
     act = ACTIVATIONS[hidden_act]
     order = _ON_CUDA if x.is_cuda and x.dtype != torch.float32 else _ELSEWHERE
     name = pick("encoder_layers", order, backend, x, layers, attend, heads, act, every)
+    attend = attend if name == "cuda" else partial(_attended, attend)
     with torch.autocast(x.device.type, enabled=False):
         return _TWINS[name](x, layers, attend, heads=heads, act=act, eps=eps, every=every)
+
+
+def _attended(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    o = attend(q, k, v)
+    checks.shape("attend's result", o, q.shape, "as q")
+    checks.same_dtype(q=q, **{"attend's result": o})
+    return o
 
 
 def _check_weights(where: str, weights: LayerWeights, x: Tensor) -> None:
@@ -119,14 +127,7 @@ def _triton(x: Tensor, layers, attend, *, heads: int, act: str, eps: float, ever
     if x.numel() == 0:
         return [torch.empty_like(x)] * (len(layers) if every else 1)
     layers = [LayerWeights(*(t.contiguous() for t in weights)) for weights in layers]
-
-    def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        o = attend(q, k, v)
-        checks.shape("attend's result", o, q.shape, "as q")
-        checks.same_dtype(q=q, **{"attend's result": o})
-        return o.contiguous()
-
-    return encoder_layers_fwd(x.contiguous(), layers, attended, heads, act, eps, every)
+    return encoder_layers_fwd(x.contiguous(), layers, lambda *qkv: attend(*qkv).contiguous(), heads, act, eps, every)
 
 
 _ONE_LAUNCH = ("none", "tanh", "relu")  # its activations, in the order of csrc/encoder_launch.h

@@ -15,8 +15,8 @@ a graph runs backward.
 
 The other way, one product over the inputs and the output gradients of all applications side by side, adds up as exactly
 but must keep the output gradients of all of them until the last is there: for ALBERT-base, 16,384 tokens and 16 bits
-2.7 GB more, against 8 bytes per weight and application of traffic to the buffer, 0.2 ms of an H100's 20 ms. On the CPU
-`fastbert bench shared_linear` has both, and autograd's.
+2.7 GB more, against 8 bytes per weight and application of traffic to the buffer, 0.2 ms of an H100's 20 ms. On a CPU it
+is slower too: `fastbert bench shared_linear` has both ways, and autograd's.
 """
 
 from collections.abc import Sequence
