@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from hypothesis import settings
+from processes import Processes
 
 if not torch.cuda.is_available():
     if "triton" in sys.modules:
@@ -37,3 +38,18 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """processes(size): that many, the same ones for all tests unless something went wrong in them."""
+    made = {}
+
+    def get(size):
+        if size not in made or not made[size].pipes:
+            made[size] = Processes(size, tmp_path_factory.mktemp("processes"))
+        return made[size]
+
+    yield get
+    for each in made.values():
+        each.stop()

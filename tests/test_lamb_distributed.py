@@ -1,18 +1,8 @@
-"""FusedLAMB on several processes: the step of one process, whether parameters are replicated (DDP) or sharded (FSDP2).
-
-Processes are joined by gloo on the CPU. They stay for the whole file; a test hands each of them the same function.
-"""
+"""FusedLAMB on several processes: one process's step, whether parameters are replicated (DDP) or sharded (FSDP2)."""
 
 import copy
 import math
-import multiprocessing
-import os
-import pickle
-import traceback
-from datetime import timedelta
 from functools import cache, partial
-from multiprocessing.connection import wait
-from unittest import mock
 
 import pytest
 import torch
@@ -32,7 +22,6 @@ from fastbert.optim import FusedLAMB, param_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = [1, 2, 4]
-LIMIT = 30  # seconds that processes wait for each other
 STEPS = 4
 SEQUENCES, TOKENS = 8, 8
 DECAY = 0.1
@@ -47,83 +36,6 @@ TINY |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 # One that is larger than a chunk of the compiled twin and is cut elsewhere when it is sharded; rows that do not divide;
 # fewer rows than processes.
 SHAPES = [(130, 131), (4, 4), (7, 5), (3, 8), (1, 6), (2,), (9,)]
-
-
-# -- processes -------------------------------------------------------------------------------------------------------
-
-
-class Processes:
-    """run(function, *args) is [function(*args) of every rank]."""
-
-    def __init__(self, size, folder):
-        # Forked from a process that has imported this and has done nothing else; torch._dynamo is what DDP imports.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo", "torch.distributed.checkpoint"])
-        self.pipes, self.processes = [], []
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
-            for rank in range(size):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, rank, size, str(folder)), daemon=True)
-                process.start()
-                theirs.close()
-                self.pipes.append(ours)
-                self.processes.append(process)
-
-    def run(self, function, *args, **kwargs):
-        for pipe in self.pipes:
-            pipe.send_bytes(pickle.dumps((function, args, kwargs)))
-        results = {}
-        while len(results) < len(self.pipes):
-            ready = wait([pipe for pipe in self.pipes if pipe not in results], timeout=2 * LIMIT)
-            try:
-                results |= {pipe: pickle.loads(pipe.recv_bytes()) for pipe in ready}
-            except EOFError:
-                ready = []
-            errors = [result for result in results.values() if isinstance(result, str)]
-            if errors or not ready:
-                self.stop()
-                pytest.fail("\n".join(errors) or "a process died or did not answer", pytrace=bool(not errors))
-        return [results[pipe] for pipe in self.pipes]
-
-    def stop(self):
-        """Without waiting for what they still do."""
-        for pipe, process in zip(self.pipes, self.processes, strict=True):
-            process.terminate()
-            process.join()
-            pipe.close()
-        self.pipes, self.processes = [], []
-
-
-def _serve(pipe, rank, size, folder):
-    """What a process does all its life."""
-    torch.set_num_threads(1)
-    store = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", store, timedelta(seconds=LIMIT), world_size=size, rank=rank)
-    while True:
-        try:
-            function, args, kwargs = pickle.loads(pipe.recv_bytes())
-        except EOFError:  # the tests are over
-            return
-        try:
-            result = function(*args, **kwargs)
-        except Exception:
-            result = f"rank {rank} of {size}:\n{traceback.format_exc()}"
-        pipe.send_bytes(pickle.dumps(result))
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """processes(size): that many, the same ones for all tests unless something went wrong in them."""
-    made = {}
-
-    def get(size):
-        if size not in made or not made[size].pipes:
-            made[size] = Processes(size, tmp_path_factory.mktemp("processes"))
-        return made[size]
-
-    yield get
-    for each in made.values():
-        each.stop()
 
 
 @pytest.fixture(params=["torch", "cuda"])

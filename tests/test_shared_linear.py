@@ -2,11 +2,9 @@
 copies whose gradients are summed."""
 
 import copy
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from hypothesis import given
 from hypothesis import strategies as st
 from test_models import batch, build
@@ -502,25 +500,18 @@ def test_albert_base_trains_in_an_eighth_of_bert_bases_memory():
     assert held("albert-base-v2") <= held("bert-base-uncased") / 8
 
 
-def _process(rank, port, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _gradients_of_rank():
+    """What DDP leaves on this process, of a batch of its own; with as many labels on each, so that the mean of means is
+    the mean."""
     model = build("albert", num_hidden_layers=4).train()
+    ids, mask, _ = batch([6, 6], seed=torch.distributed.get_rank())
     parallel = torch.nn.parallel.DistributedDataParallel(model)
-    ids, mask, labels = batch([6, 6], seed=rank)
-    labels = ids  # as many on each process, so that the mean of means is the mean
-    parallel(ids, mask, labels=labels).loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    torch.save(found, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    parallel(ids, mask, labels=ids).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_ddp_reduces_one_gradient_of_each(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_process, (port, tmp_path), nprocs=2)
-    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+def test_ddp_reduces_one_gradient_of_each(processes):
+    one, two = processes(2).run(_gradients_of_rank)
     assert_same(one, two, rtol=0, atol=0)
     model = build("albert", num_hidden_layers=4).train()
     for rank in range(2):
