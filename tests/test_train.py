@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +22,7 @@ import fastbert
 from fastbert.data import Corpus, Tokenizer, prepare
 from fastbert.errors import CheckpointError, ConfigError, DataError, FastBertError, MissingFileError
 from fastbert.train import PretrainConfig, fill, pretrain, state
+from fastbert.train.world import World
 
 ROOT = Path(__file__).parent.parent
 training = import_module("fastbert.train.pretrain")  # the name in fastbert.train is the function
@@ -412,6 +414,34 @@ def test_two_processes_equal_one_with_the_same_global_batch(config, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 6/6: validation loss") == 1  # one process talks
     close_end(config.out, together, step=6)
+
+
+class _Through(torch.nn.Module):
+    """A model as DistributedDataParallel holds it: in a reference cycle."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.cycle = model, [self]
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+def test_nothing_holds_the_process_group_when_it_ends(config, monkeypatch):
+    """Else its threads outlive it, and now and then a finished process aborts."""
+    held = []
+
+    def parallel(self, model):
+        through = _Through(model)
+        held.append(weakref.ref(through))
+        return through
+
+    monkeypatch.setattr(World, "parallel", parallel)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: held.append(held[0]()))
+    pretrain(replace(config, steps=2))
+    assert len(held) == 2 and held[1] is None
 
 
 # -- what can be wrong -----------------------------------------------------------------------------------------------

@@ -101,9 +101,10 @@ class Trainer:
         return PretrainResult(self.folder, model, self.step, self.loss, self.validation_loss, False)
 
     def close(self) -> None:
-        """Ends the threads and closes the files."""
+        """Ends the threads, closes the files and lets go of the other processes."""
         self.feed.close()
         self.journal.close()
+        del self.parallel
 
     # -- building ------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """The processes that train together, and the device of this one."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,9 @@ class World:
             yield cls(resolved, dist.get_rank() if together else 0, dist.get_world_size() if together else 1)
         finally:
             if owner:
+                # While something holds the group, its threads live on, and end the process by SIGABRT if the
+                # interpreter ends before them. DistributedDataParallel is part of reference cycles.
+                gc.collect()
                 dist.destroy_process_group()
 
     @property
