@@ -402,9 +402,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None
     """total += scale a @ b; a product of 16-bit operands is not rounded before it is added to a float32 total."""
     if a.dtype == total.dtype:
         total.addmm_(a, b, alpha=scale)
-    elif (
-        a.is_cuda and total.dtype == torch.float32 and a.itemsize == 2
-    ):  # sums in float32 in the matrix unit, and straight on in memory
+    elif a.is_cuda and total.dtype == torch.float32 and a.itemsize == 2:
+        # Summed in float32 in the matrix unit, and straight on in memory
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, alpha=scale, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype), alpha=scale)
