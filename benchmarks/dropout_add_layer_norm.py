@@ -1,12 +1,14 @@
-"""`dropout_add_layer_norm`: LayerNorm(residual + dropout(x)) on T rows of C columns.
+"""`dropout_add_layer_norm`: LayerNorm(residual + dropout(x)) on T rows of C columns; with bias=1, of x + x_bias.
 
 Floors: forward reads x and residual and writes y; backward reads dy and one tensor from which the normalised rows are
 had again, and writes dx and dresidual, which are one where nothing was dropped.
 """
 
 from collections.abc import Callable
+from itertools import product
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from .ceilings import DTYPES, Work
 from .harness import Case, Provider
@@ -18,10 +20,19 @@ EPS = 1e-12
 class DropoutAddLayerNormBenchmark(OpBenchmark):
     op = "dropout_add_layer_norm"
     tiny = {"T": 8, "C": 64}
+    sweep = (
+        "layer_norm",
+        [
+            {"kernel": kernel, "BLOCK_M": m, "BLOCK_N": 1024, "num_warps": warps}
+            for kernel, m, warps in product(("forward", "backward"), (1, 2, 4), (1, 2, 4, 8))
+            if 4 <= m * 32 // warps <= 32
+        ],
+    )
 
     def shapes(self, cuda: bool) -> list[dict]:
         rows = [(16384, 768), (16384, 1024), (4096, 768)] if cuda else [(1024, 384)]
-        return [{"T": t, "C": c, "dropout": p} for t, c in rows for p in (0.1, 0.0)]
+        plain = [{"T": t, "C": c, "dropout": p} for t, c in rows for p in (0.1, 0.0)]
+        return [*plain, {**plain[0], "bias": 1}] if cuda else plain
 
     def flags(self, case: Case) -> dict:
         return {"eps": EPS, "dropout_p": case["dropout"]}
@@ -33,6 +44,8 @@ class DropoutAddLayerNormBenchmark(OpBenchmark):
         generator = generator_on(case.device, seed)
         rows, columns = (case["T"], case["C"]), (case["C"],)
         shapes = {"x": rows, "residual": rows, "weight": columns, "bias": columns}
+        if case.shape.get("bias"):
+            shapes["x_bias"] = columns
         return {name: normal(shape, case, generator) for name, shape in shapes.items()}
 
     def work(self, case: Case, mode: str) -> Work:
@@ -46,14 +59,19 @@ class DropoutAddLayerNormBenchmark(OpBenchmark):
 
 def _torch(case: Case) -> Callable:
     """PyTorch's own fused pieces: dropout, sum, layer_norm."""
-    p, columns = case["dropout"], (case["C"],)
-    return lambda x, residual, weight, bias: F.layer_norm(residual + F.dropout(x, p), columns, weight, bias, EPS)
+    columns = (case["C"],)
+    return lambda x, residual, weight, bias, x_bias=None: F.layer_norm(
+        residual + _dropped(case, x, x_bias), columns, weight, bias, EPS
+    )
 
 
 def _liger(case: Case) -> Callable:
     norm = imported("liger_kernel.transformers.functional", "liger_layer_norm", "liger-kernel")
-    p = case["dropout"]
-    return lambda x, residual, weight, bias: norm(residual + F.dropout(x, p), weight, bias, EPS)
+    return lambda x, residual, weight, bias, x_bias=None: norm(residual + _dropped(case, x, x_bias), weight, bias, EPS)
+
+
+def _dropped(case: Case, x: Tensor, x_bias: Tensor | None) -> Tensor:
+    return F.dropout(x if x_bias is None else x + x_bias, case["dropout"])
 
 
 BENCHMARK = DropoutAddLayerNormBenchmark()

@@ -1,4 +1,5 @@
-"""`embedding_layer_norm`: dropout(LayerNorm(word + token type + position)) for B sequences of L tokens.
+"""`embedding_layer_norm`: dropout(LayerNorm(word + token type + position)) for B sequences of L tokens; with
+packed=1 in one row, where positions are no longer the index in the last dimension.
 
 Floors: forward reads every word row that occurs, once, and writes a row per token; backward reads dy and those word
 rows and writes a dense gradient of the table [V, C]. Of V words, T random tokens name about V (1 - exp(-T / V)). The
@@ -27,7 +28,8 @@ class EmbeddingLayerNormBenchmark(OpBenchmark):
             return [{"B": 2, "L": 512, "C": 384, "V": 21128, "dropout": 0.0}]
         base = {"B": 32, "L": 512, "C": 768, "V": 21128}
         large = {"B": 32, "L": 512, "C": 1024, "V": 30522}
-        return [{**base, "dropout": 0.1}, {**base, "dropout": 0.0}, {**large, "dropout": 0.1}]
+        cases = [{**base, "dropout": 0.1}, {**base, "dropout": 0.0}, {**large, "dropout": 0.1}]
+        return [*cases, {**cases[0], "packed": 1}]
 
     def flags(self, case: Case) -> dict:
         return {"eps": EPS, "dropout_p": case["dropout"]}
@@ -43,6 +45,8 @@ class EmbeddingLayerNormBenchmark(OpBenchmark):
         on = {"generator": generator, "device": case.device}
         found = {name: torch.randint(rows, tokens, **on) for name, rows in ids.items()}
         found["position_ids"] = torch.arange(case["L"], device=case.device).expand(tokens)
+        if case.shape.get("packed"):
+            found = {name: t.flatten() for name, t in found.items()}
         found |= {name: normal((rows, width), case, generator) for name, rows in tables.items()}
         return found | {name: normal((width,), case, generator) for name in ("weight", "bias")}
 

@@ -92,6 +92,14 @@ def signed(seed: int) -> int:
     return seed if seed < 2**63 else seed - 2**64
 
 
+def seed_tensor(seed: int | None, device: torch.device) -> Tensor:
+    """What kernels read a seed from: int64 [1], on the device. None draws one there: a captured graph draws anew at
+    every replay, and nothing waits for it."""
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return torch.full((1,), signed(seed), dtype=torch.int64, device=device)
+
+
 def _kept(counter: Words, seed: int, p: float, columns: int) -> Tensor:
     if torch.compiler.is_compiling():
         return _kept_opaque(*counter, signed(seed), p, columns)

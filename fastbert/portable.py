@@ -96,7 +96,7 @@ def _as_batches(
     """core(q, k, v, mask, first) over dense batches [B, L, H, D], the first sequence of which is number `first`.
 
     Packed sequences are one batch by a view if they are equally long; else each is a batch of its own on a CPU, and
-    all are padded to one batch on a GPU.
+    all are padded to one batch on a GPU and where it is compiled.
     """
     if cu_seqlens is None:
         if mask is not None:
@@ -107,7 +107,7 @@ def _as_batches(
     if q.shape[0] == batch * longest:
         dense = (t.unflatten(0, (batch, longest)) for t in (q, k, v))
         return core(*dense, None, 0).flatten(0, 1)
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():  # the lengths are not for a compiler to know
         lengths = cu_seqlens.diff().tolist()
         parts = zip(*(t[None].split(lengths, dim=1) for t in (q, k, v)), strict=True)
         return torch.cat([core(*part, None, number) for number, part in enumerate(parts)], dim=1)[0]
@@ -198,11 +198,14 @@ def dropout_add_layer_norm(
     weight: Tensor,
     bias: Tensor,
     *,
+    x_bias: Tensor | None = None,
     eps: float = 1e-12,
     dropout_p: float = 0.0,
     seed: int | None = None,
 ) -> Tensor:
     """See reference.dropout_add_layer_norm."""
+    if x_bias is not None:
+        x = x + x_bias.to(x.dtype)
     return _layer_norm(_dropout(x, dropout_p, seed, residual), weight, bias, eps).to(residual.dtype)
 
 
@@ -398,15 +401,16 @@ def _scale_gradients(ctx, grad_loss, *_):
 _cross_entropy_op.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
-    """total += scale a @ b; a product of 16-bit operands is not rounded before it is added to a float32 total."""
+def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, keep: float = 1.0) -> None:
+    """total = keep total + scale a @ b; with keep = 0 whatever total held. A product of 16-bit operands is not rounded
+    before it is added to a float32 total."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b, alpha=scale)
+        total.addmm_(a, b, beta=keep, alpha=scale)
     elif a.is_cuda and total.dtype == torch.float32 and a.itemsize == 2:
         # Summed in float32 in the matrix unit, and straight on in memory
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, alpha=scale, out=total)
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, beta=keep, alpha=scale, out=total)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype), alpha=scale)
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=keep, alpha=scale)
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

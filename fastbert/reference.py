@@ -210,15 +210,20 @@ def dropout_add_layer_norm(
     weight: Tensor,
     bias: Tensor,
     *,
+    x_bias: Tensor | None = None,
     eps: float = 1e-12,
     dropout_p: float = 0.0,
     seed: int | None = None,
 ) -> Tensor:
-    """LN(residual + dropout(x)), the end of both halves of a post-LN layer, in residual's dtype.
+    """LN(residual + dropout(x + x_bias)), the end of both halves of a post-LN layer, in residual's dtype.
 
     Vaswani et al. (2017), arXiv 1706.03762, section 5.4: dropout on the output of each sub-layer, before it is added
-    and normalised. LN: see `layer_norm`.
+    and normalised. LN: see `layer_norm`. x_bias is the bias of the linear layer before, if that left it out; the sum
+    with it is float32 at least.
     """
+    if x_bias is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(wide) + x_bias.to(wide)
     return layer_norm(residual + dropout(x, dropout_p, seed), weight, bias, eps).to(residual.dtype)
 
 

@@ -75,7 +75,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _forward_kernel(
+def _attention_forward_kernel(
     p_q, p_k, p_v, p_mask, p_ends, p_cos, p_sin, p_seed, p_o, p_lse, p_q_used, p_k_used, p_v_used,
     batch, length, total, heads, stride_qb, stride_q, stride_qh, stride_kb, stride_k, stride_kh,
     stride_vb, stride_v, stride_vh, stride_mb, stride_mask, scale, drop, factor,
@@ -176,7 +176,7 @@ def _differentiate(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _backward_q_kernel(
+def _attention_backward_q_kernel(
     p_q, p_k, p_v, p_mask, p_ends, p_cos, p_sin, p_seed, p_do, p_o, p_lse, p_delta, p_dq, p_q_given,
     batch, length, total, heads, stride_qb, stride_q, stride_qh, stride_kb, stride_k, stride_kh,
     stride_vb, stride_v, stride_vh, stride_dob, stride_do, stride_doh, stride_gb, stride_g, stride_gh,
@@ -242,7 +242,7 @@ def _backward_q_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _backward_kv_kernel(
+def _attention_backward_kv_kernel(
     p_q, p_k, p_v, p_mask, p_ends, p_cos, p_sin, p_seed, p_do, p_lse, p_delta, p_dk, p_dv,
     batch, length, total, heads, stride_qb, stride_q, stride_qh, stride_kb, stride_k, stride_kh,
     stride_vb, stride_v, stride_vh, stride_dob, stride_do, stride_doh, stride_mb, stride_mask,
@@ -250,7 +250,7 @@ def _backward_kv_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TURN_V: tl.constexpr, HALVES: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv, from delta as _backward_q_kernel leaves it. q, k, v: as the forward multiplied them."""
+    """dk and dv, from delta as _attention_backward_q_kernel leaves it. q, k, v: as the forward multiplied them."""
     i_head = tl.program_id(0) % heads
     i_batch, start, length, first_n = tile.locate(tl.program_id(0) // heads, p_ends, batch, length, BLOCK_N)
     if first_n >= length:
@@ -381,7 +381,7 @@ def attention_fwd(
     tables, drop_and_factor = _tables_and_dropout(rotation, dropout)
     config = _compile_time("forward", q, sequences, rotation, dropout, strides)
     with torch.cuda.device_of(q):
-        _forward_kernel[sequences.grid(q, config["BLOCK_M"])](
+        _attention_forward_kernel[sequences.grid(q, config["BLOCK_M"])](
             *(q, k, v, sequences.mask, sequences.ends, *tables, o, lse, *used),
             *(*shape, *strides, *sequences.mask_strides, scale * LOG2_E, *drop_and_factor),
             **config,
@@ -416,11 +416,11 @@ def attention_bwd(
     scales = *sequences.mask_strides, scale * LOG2_E, drop, factor, scale * factor
     with torch.cuda.device_of(q):
         config = _compile_time("backward_q", q, sequences, rotation, dropout, [*strides, *of_given])
-        _backward_q_kernel[sequences.grid(q, config["BLOCK_M"])](
+        _attention_backward_q_kernel[sequences.grid(q, config["BLOCK_M"])](
             *(*operands, o, lse, delta, dq, given, *shape, *strides, *of_given, *scales), **config
         )
         config = _compile_time("backward_kv", q, sequences, rotation, dropout, strides)
-        _backward_kv_kernel[sequences.grid(q, config["BLOCK_N"])](
+        _attention_backward_kv_kernel[sequences.grid(q, config["BLOCK_N"])](
             *(*operands, lse, delta, dk, dv, *shape, *strides, *scales), **config
         )
     return dq, dk, dv

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbert.kernels.rows import as_rows, column_sums
+
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _INV_SQRT_2PI = tl.constexpr(1 / math.sqrt(2 * math.pi))
 _TWO_SQRT_2_OVER_PI = tl.constexpr(2 * math.sqrt(2 / math.pi))
@@ -61,7 +63,7 @@ def _reciprocal(y):
 
 
 @triton.jit
-def _forward_kernel(
+def _bias_gelu_forward_kernel(
     p_x, p_bias, p_y, rows, columns, stride_x,
     TANH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +81,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _bias_gelu_backward_kernel(
     p_dy, p_x, p_bias, p_dx, p_sums, rows, columns, stride_dy, stride_x,
     TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -103,18 +105,6 @@ def _backward_kernel(
     tl.store(p_sums + i_chunk * columns + o_column, b_sum, mask=m_column)
 
 
-@triton.jit
-def _column_sum_kernel(p_sums, p_dbias, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    o_column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_column = o_column < columns
-    b_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for start in range(0, rows, BLOCK_M):
-        o_row = start + tl.arange(0, BLOCK_M).to(tl.int64)
-        mask = (o_row < rows)[:, None] & m_column[None, :]
-        b_sum += tl.load(p_sums + o_row[:, None] * columns + o_column[None, :], mask=mask, other=0)
-    tl.store(p_dbias + o_column, tl.sum(b_sum, axis=0).to(p_dbias.dtype.element_ty), mask=m_column)
-
-
 def launch_config(dtype: torch.dtype) -> dict[str, int]:
     """Rows and columns of a tile, and warps. Not timed on a GPU yet: chosen by what the compiler says for sm_80 and
     sm_90 (benchmarks/results/static.txt: registers, width of the loads)."""
@@ -131,10 +121,10 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
     """gelu(x + bias) for x [..., I], bias [I]: contiguous, in x's dtype."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() > 0:
-        x, bias, config = _as_rows(x), bias.contiguous(), launch_config(x.dtype)
+        x, bias, config = as_rows(x), bias.contiguous(), launch_config(x.dtype)
         grid = (triton.cdiv(x.shape[0], config["BLOCK_M"]), triton.cdiv(x.shape[1], config["BLOCK_N"]))
         with torch.cuda.device_of(x):
-            _forward_kernel[grid](x, bias, y, *x.shape, x.stride(0), TANH=approximate == "tanh", **config)
+            _bias_gelu_forward_kernel[grid](x, bias, y, *x.shape, x.stride(0), TANH=approximate == "tanh", **config)
     return y
 
 
@@ -144,21 +134,15 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tupl
     if dx.numel() == 0:
         return dx, torch.zeros_like(bias)
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
-    dy, x, bias, config = _as_rows(dy), _as_rows(x), bias.contiguous(), launch_config(x.dtype)
+    dy, x, bias, config = as_rows(dy), as_rows(x), bias.contiguous(), launch_config(x.dtype)
     rows, columns = x.shape
     chunks = triton.cdiv(rows, _ROWS)
-    sums = torch.empty(chunks, columns, dtype=torch.float32, device=x.device)
+    sums = torch.empty(1, chunks, columns, dtype=torch.float32, device=x.device)
     grid = (chunks, triton.cdiv(columns, config["BLOCK_N"]))
     tanh = approximate == "tanh"
     with torch.cuda.device_of(x):
-        _backward_kernel[grid](
+        _bias_gelu_backward_kernel[grid](
             dy, x, bias, dx, sums, rows, columns, dy.stride(0), x.stride(0), TANH=tanh, ROWS=_ROWS, **config
         )
-        _column_sum_kernel[(triton.cdiv(columns, 32),)](sums, dbias, chunks, columns, BLOCK_M=32, BLOCK_N=32)
+        column_sums(sums, [dbias])
     return dx, dbias
-
-
-def _as_rows(t: Tensor) -> Tensor:
-    """t as [rows, columns], elements of a row side by side: a view where the strides allow."""
-    t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
-    return t if t.stride(1) == 1 else t.contiguous()

@@ -87,7 +87,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=RELATIVE_VARYING)
-def _forward_kernel(
+def _relative_attention_forward_kernel(
     p_q, p_k, p_v, p_mask, p_ends, p_cos, p_sin, p_waves, p_edges, p_seed, p_o, p_lse, p_q_used,
     batch, length, total, heads, stride_qb, stride_q, stride_qh, stride_kb, stride_k, stride_kh,
     stride_vb, stride_v, stride_vh, stride_mb, stride_mask, scale, drop, factor, radius,
@@ -242,7 +242,7 @@ def relative_attention_fwd(
     tables, drop_and_factor = tables_and_dropout(relative, dropout)
     config = settings("forward", q, sequences, relative, dropout, strides)
     with torch.cuda.device_of(q):
-        _forward_kernel[sequences.grid(q, config["BLOCK_M"])](
+        _relative_attention_forward_kernel[sequences.grid(q, config["BLOCK_M"])](
             *(q, k, v, sequences.mask, sequences.ends, *tables, o, lse, used, *shape, *strides),
             *(*sequences.mask_strides, scale * LOG2_E, *drop_and_factor, relative.radius),
             **config,

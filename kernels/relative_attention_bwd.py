@@ -74,7 +74,7 @@ def _differentiate(
 
 
 @triton.jit(do_not_specialize=RELATIVE_VARYING)
-def _backward_q_kernel(
+def _relative_attention_backward_q_kernel(
     p_q, p_k, p_v, p_mask, p_ends, p_cos, p_sin, p_waves, p_edges, p_seed, p_do, p_o, p_lse, p_rows, p_dq, p_q_given,
     batch, length, total, heads, stride_qb, stride_q, stride_qh, stride_kb, stride_k, stride_kh,
     stride_vb, stride_v, stride_vh, stride_dob, stride_do, stride_doh, stride_gb, stride_g, stride_gh,
@@ -82,7 +82,7 @@ def _backward_q_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOTH: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq, and what _backward_kv_kernel wants to know of each row."""
+    """dq, and what _relative_attention_backward_kv_kernel wants to know of each row."""
     i_head = tl.program_id(0) % heads
     i_batch, start, length, first_m = tile.locate(tl.program_id(0) // heads, p_ends, batch, length, BLOCK_M)
     if first_m >= length:
@@ -235,7 +235,7 @@ def _accumulate(
 
 
 @triton.jit(do_not_specialize=RELATIVE_VARYING)
-def _backward_kv_kernel(
+def _relative_attention_backward_kv_kernel(
     p_q, p_k, p_v, p_mask, p_ends, p_cos, p_sin, p_waves, p_edges, p_seed, p_do, p_rows, p_dk, p_dv,
     batch, length, total, heads, stride_qb, stride_q, stride_qh, stride_kb, stride_k, stride_kh,
     stride_vb, stride_v, stride_vh, stride_dob, stride_do, stride_doh, stride_mb, stride_mask,
@@ -243,7 +243,7 @@ def _backward_kv_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOTH: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv, from what _backward_q_kernel leaves of each row. q: as the forward multiplied it."""
+    """dk and dv, from what the kernel of dq leaves of each row. q: as the forward multiplied it."""
     i_head = tl.program_id(0) % heads
     i_batch, start, length, first_n = tile.locate(tl.program_id(0) // heads, p_ends, batch, length, BLOCK_N)
     if first_n >= length:
@@ -320,11 +320,11 @@ def relative_attention_bwd(
     scales = *sequences.mask_strides, scale * LOG2_E, drop, factor, scale * factor, relative.radius
     with torch.cuda.device_of(q):
         config = settings("backward_q", q, sequences, relative, dropout, [*strides, *of_given])
-        _backward_q_kernel[sequences.grid(q, config["BLOCK_M"])](
+        _relative_attention_backward_q_kernel[sequences.grid(q, config["BLOCK_M"])](
             *(*operands, o, lse, rows, dq, given, *shape, *strides, *of_given, *scales), **config
         )
         config = settings("backward_kv", q, sequences, relative, dropout, strides)
-        _backward_kv_kernel[sequences.grid(q, config["BLOCK_N"])](
+        _relative_attention_backward_kv_kernel[sequences.grid(q, config["BLOCK_N"])](
             *(*operands, rows, dk, dv, *shape, *strides, *scales), **config
         )
     return dq, dk, dv

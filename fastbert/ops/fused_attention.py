@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastbert import portable
 from fastbert.backend import Predicate, lacks, serves, triton_cannot_run
-from fastbert.philox import signed, threshold
+from fastbert.philox import seed_tensor, threshold
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 128
@@ -68,7 +68,7 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     seeds, drop = None, 0
     if dropout_p > 0:
-        seeds, drop = _seeds(seed, q.device), threshold(dropout_p)
+        seeds, drop = seed_tensor(seed, q.device), threshold(dropout_p)
     # The kernels turn values in interleaved pairs only. Nobody has published weights of the other kind.
     by_halves = rotate_value and not interleaved
     if by_halves:
@@ -98,13 +98,6 @@ def rotary_attention(q: Tensor, k: Tensor, v: Tensor, *, theta: float = 10000.0,
 def relative_attention(q: Tensor, k: Tensor, v: Tensor, *, max_relative_position: int = 64, **arguments) -> Tensor:
     """See reference.relative_attention."""
     return attention(q, k, v, max_relative_position=max_relative_position, **arguments)
-
-
-def _seeds(seed: int | None, device: torch.device) -> Tensor:
-    """int64 [1], on the device: a captured graph draws anew at every replay, and nothing waits for it."""
-    if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    return torch.full((1,), signed(seed), dtype=torch.int64, device=device)
 
 
 def _tables(keep: bool, build: Callable, length: int | None, *key) -> Tensor | tuple[Tensor, ...]:
@@ -236,6 +229,7 @@ def _backward(
 def _save(ctx, inputs, output):
     q, k, v, mask, ends, seeds, angles, waves, edges, *ctx.options, save = inputs
     o, lse, *used = output
+    ctx.set_materialize_grads(False)  # of lse and of the operands as they were multiplied there are none
     if save:
         operands = [new if new.numel() else old for new, old in zip(used, (q, k, v), strict=True)]
         given = None if mask is None else q
