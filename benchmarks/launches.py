@@ -19,6 +19,85 @@ def _gelu() -> Launches:
             yield name, partial(gelu.bias_gelu_bwd, x, x, bias, form)
 
 
+# dtype, columns, dropout, x_bias: training, in 16 bits and under autocast (x in 16 bits, the others float32); inference
+LAYER_NORM = (
+    "bfloat16 768 dropout bias",
+    "float16 1024 dropout bias",
+    "float16 1024 bias",
+    "autocast 768 dropout bias",
+    "float32 768 dropout",
+    "float16 4096 dropout bias",
+)
+
+
+def _layer_norm() -> Launches:
+    import torch
+
+    from fastbert.kernels import layer_norm
+    from fastbert.kernels.launch import Dropout
+
+    for name in LAYER_NORM:
+        dtype, columns, *traits = name.split()
+        narrow, wide = (torch.bfloat16, torch.float32) if dtype == "autocast" else (getattr(torch, dtype),) * 2
+        x, residual = (torch.empty(1024, int(columns), dtype=each) for each in (narrow, wide))
+        vector, stats = torch.empty(int(columns), dtype=wide), torch.empty(2, 1024)
+        operands = x, residual, vector, vector, vector if "bias" in traits else None
+        dropout = Dropout(torch.empty(1, dtype=torch.int64), 26) if "dropout" in traits else None
+        one = dropout is None and narrow == wide
+        wanted = not one, True, True, True, "bias" in traits
+        yield name, partial(layer_norm.dropout_add_layer_norm_fwd, *operands, 1e-12, dropout, dropout is not None)
+        yield name, partial(layer_norm.dropout_add_layer_norm_bwd, residual, *operands, stats, dropout, wanted)
+
+
+def _rows() -> Launches:
+    import torch
+
+    from fastbert.kernels import rows
+
+    tables, sums = torch.empty(3, 512, 1024), [torch.empty(1024, dtype=torch.bfloat16) for _ in range(3)]
+    yield "bfloat16", lambda: rows.column_sums(tables, sums)
+
+
+def _cross_entropy() -> Launches:
+    import torch
+
+    from fastbert.kernels.cross_entropy import cross_entropy, row_stride
+
+    z, labels = torch.empty(64, row_stride(21128)), torch.empty(64, dtype=torch.int64)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        g = z if dtype == torch.float32 else torch.empty_like(z, dtype=dtype)
+        yield str(dtype).removeprefix("torch."), partial(cross_entropy, z, z[0], labels, 21128, -100, z[1], g)
+    yield "loss only", partial(cross_entropy, z, z[0], labels, 21128, -100, z[1], None)
+
+
+# dtype, columns, tables (w: words, t: token types, p: positions), layout, dropout
+EMBEDDING = (
+    "bfloat16 768 wtp packed dropout",
+    "float16 1024 wt packed dropout",
+    "float16 128 wtp dense",
+    "float32 768 wtp dense dropout",
+)
+
+
+def _embedding() -> Launches:
+    """Of the types, two; of the positions, those of the packed tokens, or by index."""
+    import torch
+
+    from fastbert.kernels.embedding import embedding_layer_norm_bwd, embedding_layer_norm_fwd, lookup
+    from fastbert.kernels.launch import Dropout
+
+    for name in EMBEDDING:
+        dtype, columns, tables, layout, *dropped = name.split()
+        shape, table = torch.Size((2, 512)), torch.empty(1024, int(columns), dtype=getattr(torch, dtype))
+        ids = torch.empty(shape, dtype=torch.int64)
+        places = lookup(table, ids if layout == "packed" else None, shape, True) if "p" in tables else None
+        lookups = lookup(table, ids, shape), lookup(table[:2], ids, shape), places
+        vector, stats = torch.empty(int(columns), dtype=table.dtype), torch.empty(2, 1024)
+        dropout = Dropout(torch.empty(1, dtype=torch.int64), 26) if dropped else None
+        yield name, partial(embedding_layer_norm_fwd, *lookups, vector, vector, dropout, 1e-12, shape)
+        yield name, partial(embedding_layer_norm_bwd, table, *lookups, vector, vector, stats, dropout)
+
+
 # dtype, head dim, positions, layout, dropout: what models are trained with, and one of each thing that changes code
 ATTENTION = (
     "float16 64 absolute packed",
@@ -143,4 +222,8 @@ CONFIGURATIONS: dict[str, Callable[[], Launches]] = {
     "relative_attention_bwd": partial(_relative_attention, True),
     "encoder_layers": _encoder_layers,
     "gelu": _gelu,
+    "layer_norm": _layer_norm,
+    "rows": _rows,
+    "cross_entropy": _cross_entropy,
+    "embedding": _embedding,
 }

@@ -111,7 +111,8 @@ def _recorded(target: int) -> Iterator[list]:
 
     def record(self, *args, grid, warmup, **options):
         compiled = launch(self, *args, grid=grid, warmup=True, **options)
-        values = {self.arg_names[path[0]]: value for path, value in compiled.src.constants.items()}
+        constants = compiled.src.constants.items()
+        values = {self.arg_names[path[0]]: value for path, value in constants if len(path) == 1}  # no part of a tuple
         values |= {"num_warps": compiled.metadata.num_warps}
         values |= {name: value for name, value in options.items() if name not in self.arg_names}
         seen.append((self, compiled, " ".join(f"{name}={value}" for name, value in values.items())))

@@ -119,6 +119,9 @@ def test_products_of_float32_are_not_rounded(shipped):
     assert not [title(each) for each in exact if any(i.pipe == "mma" for i in each.code)]
 
 
+PASSES = ("forward", "backward_q", "backward_kv")
+
+
 def test_attention_multiplies_on_the_matrix_unit_alone_and_loads_16_bytes(shipped):
     """In the loops of what is trained, on sm_90: every product with HGMMA, operands 16 bytes at a time; the rest are
     single numbers per row: log-sum-exp and delta, angles of a tile's first row."""
@@ -128,10 +131,10 @@ def test_attention_multiplies_on_the_matrix_unit_alone_and_loads_16_bytes(shippe
         if r.source == "attention" and r.target == 90 and " 64 " in r.names[0] and "mask" not in r.names[0]
     ]
     rows = [r for r in rows if "float32" not in r.names[0]]
-    assert {r.kernel for r in rows} == {"_forward_kernel", "_backward_q_kernel", "_backward_kv_kernel"}
+    assert {r.kernel for r in rows} == {f"_attention_{name}_kernel" for name in PASSES}
     for each in rows:
         loops = products(each)
-        assert len(loops) == (1 if each.kernel == "_backward_kv_kernel" else 2), title(each)  # and for the last keys
+        assert len(loops) == (1 if each.kernel.endswith("_kv_kernel") else 2), title(each)  # and for the last keys
         for loop in loops:
             assert {i.opcode for i in loop if i.pipe == "mma"} == {"HGMMA"}, title(each)
             loads = [i.mnemonic for i in loop if i.pipe == "gmem"]
@@ -151,11 +154,12 @@ def test_relative_attention_multiplies_on_the_matrix_unit_alone_and_shuffles_for
     shuffles each."""
     rows = [r for r in shipped if r.source.startswith("relative") and r.target == 90 and " 64 R64" in r.names[0]]
     rows = [r for r in rows if "float32" not in r.names[0] and "mask" not in r.names[0]]
-    reductions = {"_forward_kernel": 4, "_backward_q_kernel": 2, "_backward_kv_kernel": 0}  # at most, with dropout's
+    reductions = dict(zip(PASSES, (4, 2, 0), strict=True))  # at most, with dropout's
+    reductions = {f"_relative_attention_{name}_kernel": count for name, count in reductions.items()}
     assert {r.kernel for r in rows} == set(reductions)
     for each in rows:
         loops = products(each)
-        assert len(loops) == (2 if each.kernel == "_backward_kv_kernel" else 4), title(each)
+        assert len(loops) == (2 if each.kernel.endswith("_kv_kernel") else 4), title(each)
         for loop in loops:
             assert {i.opcode for i in loop if i.pipe == "mma"} == {"HGMMA"}, title(each)
             assert sum(i.pipe == "shfl" for i in loop) <= 4 * reductions[each.kernel], title(each)
@@ -171,10 +175,10 @@ def test_tiles_outside_of_the_band_cost_what_plain_attention_costs(shipped):
             settings = dict(word.split("=") for word in each.settings.split())
             tile = int(settings["BLOCK_M"]) * int(settings["BLOCK_N"])
             each_tile = (sass.clocks(loop, 90, each.used.warps) for loop in products(each))
-            clocks[each.source, each.kernel] = min(c[sass.binding(c).rstrip("?")] / tile for c in each_tile)
-    for kernel in ("_forward_kernel", "_backward_q_kernel", "_backward_kv_kernel"):
-        relative = "relative_attention" if kernel == "_forward_kernel" else "relative_attention_bwd"
-        assert clocks[relative, kernel] <= 1.1 * clocks["attention", kernel], (kernel, clocks)
+            clocks[each.kernel] = min(c[sass.binding(c).rstrip("?")] / tile for c in each_tile)
+    for name in PASSES:
+        relative, plain = (clocks[f"_{prefix}attention_{name}_kernel"] for prefix in ("relative_", ""))
+        assert relative <= 1.1 * plain, (name, clocks)
 
 
 def test_head_dims_that_16_does_not_divide_load_pairs(shipped):
@@ -194,6 +198,48 @@ def test_gelu_has_registers_to_spare_and_moves_16_bytes_at_a_time(shipped):
         assert each.used.registers <= 128, title(each)
         accesses = [i.mnemonic for i in each.code if i.pipe in ("gmem", "local")]
         assert accesses and all(m.startswith(("LDG", "STG")) and ".128" in m for m in accesses), (title(each), accesses)
+
+
+def test_cross_entropy_moves_16_bytes_at_a_time_and_has_two_rows_on_an_sm(shipped):
+    """Two, or the second sweep would not find them in the caches; and no thread waits for others within a sweep."""
+    rows = [each for each in shipped if each.source == "cross_entropy"]
+    assert len(rows) == 4 * len(sass.TARGETS)
+    for each in rows:
+        loops = sass.loops(each.code)
+        assert len(loops) == (1 if "loss only" in each.names else 2), title(each)
+        for i in itertools.chain.from_iterable(loops):
+            assert i.pipe not in ("shfl", "smem"), (title(each), i.text)
+            assert i.pipe != "gmem" or ".128" in i.mnemonic, (title(each), i.text)
+        assert each.residency[0] * each.used.warps in (16, 32), title(each)
+
+
+def test_layer_norm_moves_16_bytes_at_a_time(shipped):
+    """But for the seed and the statistics of its rows. In 16 bits four CTAs of the backward fit an SM of sm_90, so that
+    its 512 programs run at once on 132."""
+    rows = [each for each in shipped if each.source == "layer_norm" and each.kernel != "_column_sum_kernel"]
+    assert {each.kernel for each in rows} == {
+        f"_dropout_add_layer_norm_{name}_kernel" for name in ("forward", "backward")
+    }
+    for each in rows:
+        accesses = [i.mnemonic for i in each.code if i.pipe == "gmem"]
+        assert sum(".128" not in m for m in accesses) <= 5, (title(each), accesses)
+        if each.target == 90 and "float16 1024" in each.names[0]:
+            assert each.residency[0] >= 4, title(each)
+
+
+def test_embedding_moves_16_bytes_at_a_time(shipped):
+    """All but ids, the seed and statistics: three tables and two vectors in thirds of a row; dy and three tables of two
+    rows, and a vector; eight rows. In 16 bits four CTAs of the backward fit an SM of sm_90."""
+    rows = [each for each in shipped if each.source == "embedding" and each.names[0].startswith("bfloat16 768 wtp")]
+    wide = {f"_embedding_{name}_kernel": loads for name, loads in (("forward", 15), ("backward", 9), ("chunk", 8))}
+    assert {*wide} <= {each.kernel for each in rows}
+    for each in rows:
+        loads = [i.mnemonic for i in each.code if i.opcode == "LDG"]
+        if each.kernel in wide:
+            assert sum(".128" in m for m in loads) == wide[each.kernel], (title(each), loads)
+            assert not any(".U16" in i.mnemonic for i in each.code if i.pipe == "gmem"), title(each)
+        if each.kernel == "_embedding_backward_kernel" and each.target == 90:
+            assert each.residency[0] >= 4, title(each)
 
 
 def test_every_triton_kernel_is_compiled_for_every_target(shipped):
