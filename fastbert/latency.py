@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastbert.errors import ConfigError, DtypeError, ShapeError
+from fastbert.inference import InferenceEncoder
 from fastbert.models.base import EncoderModel, ModelOutput, PretrainedModel, Rows
-from fastbert.nn import Encoder, InferenceEncoder
+from fastbert.nn import Encoder
 from fastbert.ops import checks
 from fastbert.packing import Layout
 

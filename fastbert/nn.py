@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fastbert import ops
 from fastbert.config import EncoderConfig
-from fastbert.errors import ConfigError
-from fastbert.ops.encoder_layers import ACTIVATIONS, LayerWeights
-from fastbert.ops.shared_linear import SharedWeight, can_share, share, shared_linear, widened
+from fastbert.ops.branch_linear import branch_linear
+from fastbert.ops.encoder_layers import ACTIVATIONS
+from fastbert.ops.shared_linear import SharedWeight, can_share, share, shared_branch, widened
 
 _GELU = {name: form for name, form in ACTIVATIONS.items() if form in ("none", "tanh")}
 _OTHER = {name: getattr(F, function) for name, function in ACTIVATIONS.items() if name not in _GELU}
@@ -29,17 +29,26 @@ _OTHER = {name: getattr(F, function) for name, function in ACTIVATIONS.items() i
 class Weights:
     """How a layer gets at its weights. This is the usual way: as its modules have them."""
 
-    def linear(self, x: Tensor, *modules: nn.Module) -> Sequence[Tensor]:
-        """What each of the modules, linear layers, makes of x."""
-        return [module(x) for module in modules]
+    def branch(self, x: Tensor, *modules: nn.Module) -> Sequence[Tensor]:
+        """What each of the modules, linear layers, makes of x, and x again, for the residual connection."""
+        if all(is_plain(module, nn.Linear) for module in modules):
+            return branch_linear(x, [module.weight for module in modules], [module.bias for module in modules])
+        return *(module(x) for module in modules), x
 
-    def activated(self, x: Tensor, module: nn.Module, hidden_act: str) -> Tensor:
-        """act(x W' + b)."""
-        if hidden_act not in _GELU:
-            return _OTHER[hidden_act](module(x))
+    def product(self, x: Tensor, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """x W' and b, for an op that adds b by itself; or the module's result and None."""
         if is_plain(module, nn.Linear):
-            return ops.bias_gelu(F.linear(x, module.weight), module.bias, approximate=_GELU[hidden_act])
-        return F.gelu(module(x), approximate=_GELU[hidden_act])
+            return F.linear(x, module.weight), module.bias
+        return module(x), None
+
+    def activated(self, x: Tensor, module: nn.Module, hidden_act: str) -> tuple[Tensor, Tensor]:
+        """act(x W' + b), and x again, for the residual connection."""
+        if hidden_act in _GELU and is_plain(module, nn.Linear):
+            product, x = branch_linear(x, [module.weight], [None])
+            return ops.bias_gelu(product, module.bias, approximate=_GELU[hidden_act]), x
+        act = partial(F.gelu, approximate=_GELU[hidden_act]) if hidden_act in _GELU else _OTHER[hidden_act]
+        product, x = self.branch(x, module)
+        return act(product), x
 
     def vector(self, parameter: Tensor) -> Tensor:
         """A weight or bias `[C]` that is not multiplied by a matrix."""
@@ -111,11 +120,15 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, weights: Weights = MODULES, **sequences) -> Tensor:
-        projected = weights.linear(x, self.query, self.key, self.value)
+    def forward(self, x: Tensor, **sequences) -> Tensor:
+        return self.output(self.context(x, **sequences)[0])
+
+    def context(self, x: Tensor, weights: Weights = MODULES, **sequences) -> tuple[Tensor, Tensor]:
+        """The heads' answers side by side, before the output projection; and x again, for the residual connection."""
+        *projected, x = weights.branch(x, self.query, self.key, self.value)
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in projected)
         o = self.attend(q, k, v, dropout_p=self.dropout_p if self.training else 0.0, **sequences)
-        return weights.linear(o.flatten(-2), self.output)[0]
+        return o.flatten(-2), x
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **arguments) -> Tensor:
         return ops.attention(q, k, v, **arguments)
@@ -143,31 +156,48 @@ class RelativeSelfAttention(SelfAttention):
         return ops.relative_attention(q, k, v, max_relative_position=self.max_relative_position, **arguments)
 
 
-_ATTENTION = {"absolute": SelfAttention, "rotary": RotarySelfAttention, "relative": RelativeSelfAttention}
+ATTENTIONS = {"absolute": SelfAttention, "rotary": RotarySelfAttention, "relative": RelativeSelfAttention}
 
 
 class EncoderLayer(nn.Module):
-    """The post-LN block of BERT: y = LN(x + dropout(attention(x))), z = LN(y + dropout(W2 act(W1 y + b1) + b2))."""
+    """The post-LN block of BERT: y = LN(x + dropout(attention(x))), z = LN(y + dropout(W2 act(W1 y + b1) + b2)).
+
+    forward(x, rows=None, **sequences): with rows, int64 `[N]`, of packed x `[T, C]` only these rows of z, `[N, C]`:
+    all are attended to, the rest of the layer is computed for these.
+    """
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.dropout_p, self.hidden_act = config.hidden_dropout_prob, config.hidden_act
-        self.attention = _ATTENTION[config.attention](config)
+        self.attention = ATTENTIONS[config.attention](config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
         self.output = nn.Linear(config.intermediate_size, config.hidden_size)
         self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor, weights: Weights = MODULES, **sequences) -> Tensor:
-        given = {} if weights is MODULES else {"weights": weights}
-        y = self._add_norm(self.attention(x, **given, **sequences), x, self.attention_norm, weights)
-        h = weights.activated(y, self.intermediate, self.hidden_act)
-        return self._add_norm(weights.linear(h, self.output)[0], y, self.output_norm, weights)
+    def forward(self, x: Tensor, rows: Tensor | None = None, weights: Weights = MODULES, **sequences) -> Tensor:
+        attention, norm = self.attention, self.attention_norm
+        if _is_own_attention(attention):
+            o, x = attention.context(x, weights, **sequences)
+            o, x = (o, x) if rows is None else (o.index_select(0, rows), x.index_select(0, rows))
+            y = self._add_norm(*weights.product(o, attention.output), x, norm, weights)
+        else:
+            o = attention(x, **sequences)
+            o, x = (o, x) if rows is None else (o.index_select(0, rows), x.index_select(0, rows))
+            y = self._add_norm(o, None, x, norm, weights)
+        h, y = weights.activated(y, self.intermediate, self.hidden_act)
+        return self._add_norm(*weights.product(h, self.output), y, self.output_norm, weights)
 
-    def _add_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm, weights: Weights) -> Tensor:
+    def _add_norm(
+        self, x: Tensor, x_bias: Tensor | None, residual: Tensor, norm: nn.LayerNorm, weights: Weights
+    ) -> Tensor:
         dropout_p = self.dropout_p if self.training else 0.0
         weight, bias = weights.vector(norm.weight), weights.vector(norm.bias)
-        return ops.dropout_add_layer_norm(x, residual, weight, bias, eps=norm.eps, dropout_p=dropout_p)
+        return ops.dropout_add_layer_norm(x, residual, weight, bias, x_bias=x_bias, eps=norm.eps, dropout_p=dropout_p)
+
+
+def _is_own_attention(module: nn.Module) -> bool:
+    return type(module) in ATTENTIONS.values() and is_plain(module, type(module))
 
 
 class SharedWeights(Weights):
@@ -183,7 +213,7 @@ class SharedWeights(Weights):
         """Those of a layer for one forward pass, or None if its modules must be called one by one or are not all to be
         trained."""
         attention = layer.attention
-        if type(layer) is not EncoderLayer or type(attention) not in _ATTENTION.values():
+        if type(layer) is not EncoderLayer or not _is_own_attention(attention):
             return None
         together = [(attention.query, attention.key, attention.value), (attention.output,)]
         together += [(layer.intermediate,), (layer.output,)]
@@ -196,9 +226,10 @@ class SharedWeights(Weights):
             return None
         groups = [([m.weight for m in group], [m.bias for m in group]) for group in together]
         lone = [p for norm in norms for p in (norm.weight, norm.bias)]
-        if layer.hidden_act in _GELU:  # whose op adds the bias
-            lone += groups[2][1]
-            groups[2] = (groups[2][0], [])
+        # of these another op adds the bias: the norm's, and gelu's
+        for index in (1, 2, 3) if layer.hidden_act in _GELU else (1, 3):
+            lone += groups[index][1]
+            groups[index] = (groups[index][0], [])
         found, total = share(_product_dtype(layer.intermediate.weight), groups)
         return cls(dict(zip(together, found, strict=True)), {p: widened(p) for p in lone}, total)
 
@@ -206,15 +237,19 @@ class SharedWeights(Weights):
         """The same for another application."""
         return SharedWeights(self.linears, self.vectors, total)
 
-    def linear(self, x: Tensor, *modules: nn.Module) -> Sequence[Tensor]:
-        y, self.total = shared_linear(x, self.linears[modules], self.total)
-        return y.split([module.out_features for module in modules], dim=-1)
+    def branch(self, x: Tensor, *modules: nn.Module) -> Sequence[Tensor]:
+        sizes = [module.out_features for module in modules]
+        *parts, x, self.total = shared_branch(x, self.linears[modules], self.total, sizes)
+        return *parts, x
 
-    def activated(self, x: Tensor, module: nn.Module, hidden_act: str) -> Tensor:
-        (product,) = self.linear(x, module)
+    def product(self, x: Tensor, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        return self.branch(x, module)[0], self.vector(module.bias)
+
+    def activated(self, x: Tensor, module: nn.Module, hidden_act: str) -> tuple[Tensor, Tensor]:
+        product, x = self.branch(x, module)
         if hidden_act not in _GELU:
-            return _OTHER[hidden_act](product)
-        return ops.bias_gelu(product, self.vector(module.bias), approximate=_GELU[hidden_act])
+            return _OTHER[hidden_act](product), x
+        return ops.bias_gelu(product, self.vector(module.bias), approximate=_GELU[hidden_act]), x
 
     def vector(self, parameter: Tensor) -> Tensor:
         return self.vectors[parameter]
@@ -255,29 +290,45 @@ class Encoder(nn.Module):
         self.applications = [[i * groups // count * inner + j for j in range(inner)] for i in range(count)]
 
     def forward(
-        self, x: Tensor, *, output_hidden_states: bool = False, **sequences
+        self, x: Tensor, *, rows: Tensor | None = None, output_hidden_states: bool = False, **sequences
     ) -> tuple[Tensor, list[Tensor] | None]:
         """The last hidden state, and with output_hidden_states the input and the result of every application, in a list
-        of num_hidden_layers + 1.
+        of num_hidden_layers + 1. rows: int64 `[N]`, the only rows of packed x whose last hidden state is wanted,
+        `[N, C]`.
         """
         states = [x] if output_hidden_states else None
         shared = self._shared()
-        for application in self.applications:
-            for index in application:
-                x = self._apply_layer(self.layers[index], x, shared.get(index), sequences)
-            if states is not None:
+        order = list(chain.from_iterable(self.applications))
+        ends = set(accumulate(map(len, self.applications)))
+        for number, index in enumerate(order, start=1):
+            only = rows if number == len(order) else None
+            x = self._apply_layer(self.layers[index], x, shared.get(index), sequences, only)
+            if states is not None and number in ends:
                 states.append(x)
         return x, states
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """The parameters of layers that are applied more than once."""
+        return [p for index in self._applied_again() for p in self.layers[index].parameters()]
+
+    def _applied_again(self) -> list[int]:
+        times = Counter(chain.from_iterable(self.applications))
+        return [index for index, count in times.items() if count > 1]
 
     def _shared(self) -> dict[int, SharedWeights]:
         """The shared weights of this forward pass, by the index of the layer."""
         if not torch.is_grad_enabled() or not can_share():
             return {}
-        times = Counter(chain.from_iterable(self.applications))
-        found = {index: SharedWeights.of(self.layers[index]) for index, count in times.items() if count > 1}
+        found = {index: SharedWeights.of(self.layers[index]) for index in self._applied_again()}
         return {index: weights for index, weights in found.items() if weights is not None}
 
-    def _apply_layer(self, layer: nn.Module, x: Tensor, shared: SharedWeights | None, sequences: dict) -> Tensor:
+    def _apply_layer(
+        self, layer: nn.Module, x: Tensor, shared: SharedWeights | None, sequences: dict, rows: Tensor | None
+    ) -> Tensor:
+        if rows is not None:
+            if not is_plain(layer, EncoderLayer):
+                return self._apply_layer(layer, x, shared, sequences, None).index_select(0, rows)
+            sequences = {**sequences, "rows": rows}
         checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         run = partial(checkpoint, use_reentrant=False) if checkpointed else _call
         if shared is None:
@@ -295,109 +346,12 @@ def _call(function: Callable, *arguments, **named):
     return function(*arguments, **named)
 
 
-class InferenceEncoder(nn.Module):
-    """What an Encoder computes in evaluation mode, by ops.encoder_layers, without gradients.
-
-    It holds copies of the weights as they are when it is made, matrices in `dtype` (None: as they are), query, key and
-    value in one. `copied`: (its tensor, a module of the encoder, the name of the parameter there), for whoever keeps
-    them equal.
-
-    Raises ConfigError where a module of the encoder does something of its own (an adapter, a hook, quantisation), and
-    where its layers differ in more than their weights.
-    """
-
-    def __init__(self, encoder: Encoder, dtype: torch.dtype | None = None):
-        super().__init__()
-        _check_plain("the encoder", encoder, Encoder)
-        first = encoder.layers[0]
-        for number, layer in enumerate(encoder.layers):
-            _check_layer(f"layers.{number}", layer)
-            if _settings(layer) != _settings(first):
-                raise ConfigError(
-                    f"layers.{number} has settings {_settings(layer)}, expected {_settings(first)} as layers.0"
-                )
-        self.attend, self.heads = first.attention.attend, first.attention.heads  # not the module, or it would be ours
-        self.hidden_act, self.eps = first.hidden_act, first.attention_norm.eps
-        self.copied: list[tuple[Tensor, nn.Module, str]] = []
-        layers = [self._weights(layer, dtype) for layer in encoder.layers]
-        self.weights = [layers[index] for index in chain.from_iterable(encoder.applications)]
-        self.ends = list(accumulate(len(application) for application in encoder.applications))
-
-    def _weights(self, layer: EncoderLayer, dtype: torch.dtype | None) -> LayerWeights:
-        attention = layer.attention
-        groups = [(attention.query, attention.key, attention.value), (attention.output,), (layer.attention_norm,)]
-        groups += [(layer.intermediate,), (layer.output,), (layer.output_norm,)]
-        tensors = []
-        for group in groups:
-            matrix = isinstance(group[0], nn.Linear)
-            tensors.append(self._copy(group, "weight", dtype if matrix else None))
-            tensors.append(self._copy(group, "bias", None))
-        return LayerWeights(*tensors)
-
-    def _copy(self, modules: Sequence[nn.Module], name: str, dtype: torch.dtype | None) -> Tensor:
-        """One tensor of the parameters of that name, one below the other."""
-        parameters = [getattr(module, name).detach() for module in modules]
-        whole = torch.cat([p.to(dtype or parameters[0].dtype) for p in parameters])
-        parts = whole.split([len(p) for p in parameters])
-        self.copied += [(part, module, name) for part, module in zip(parts, modules, strict=True)]
-        return whole
-
-    def forward(
-        self, x: Tensor, *, output_hidden_states: bool = False, **sequences
-    ) -> tuple[Tensor, list[Tensor] | None]:
-        """As Encoder.forward."""
-        results = ops.encoder_layers(
-            x,
-            self.weights,
-            partial(self.attend, **sequences),
-            heads=self.heads,
-            hidden_act=self.hidden_act,
-            eps=self.eps,
-            every=output_hidden_states,
-        )
-        if not output_hidden_states:
-            return results[-1], None
-        return results[-1], [x, *(results[end - 1] for end in self.ends)]
-
-
-def _check_plain(where: str, module: nn.Module, kind: type[nn.Module]) -> None:
-    if not is_plain(module, kind):
-        raise ConfigError(
-            f"{where} is a {type(module).__name__} that may do more than fastbert's {kind.__name__}: "
-            "merge adapters and remove hooks first"
-        )
-
-
-def _check_layer(where: str, layer: nn.Module) -> None:
-    _check_plain(where, layer, EncoderLayer)
-    kind = type(layer.attention)
-    _check_plain(f"{where}.attention", layer.attention, kind if kind in _ATTENTION.values() else SelfAttention)
-    linears = ("attention.query", "attention.key", "attention.value", "attention.output", "intermediate", "output")
-    for name in (*linears, "attention_norm", "output_norm"):
-        module = layer.get_submodule(name)
-        _check_plain(f"{where}.{name}", module, nn.Linear if name in linears else nn.LayerNorm)
-        for parameter in ("weight", "bias"):
-            value = getattr(module, parameter)
-            if type(value) is not nn.Parameter:
-                found = type(value).__name__
-                raise ConfigError(f"{where}.{name}.{parameter} is a {found}, expected a torch.nn.Parameter")
-
-
-def _settings(layer: EncoderLayer) -> dict[str, object]:
-    """All but the weights, as far as evaluation goes."""
-    attention = {"attention": type(layer.attention).__name__, **vars(layer.attention)}
-    numbers = {name: value for name, value in attention.items() if isinstance(value, bool | int | str)}
-    del numbers["training"]
-    eps = layer.attention_norm.eps, layer.output_norm.eps
-    return {**numbers, "hidden_act": layer.hidden_act, "eps": eps[0] if eps[0] == eps[1] else eps}
-
-
 class MaskedLMHead(nn.Module):
     """LN(act(W h)) in the width of the embeddings, then the word embeddings as decoder, and a bias over the vocabulary.
 
     forward(h, word_embeddings): h `[..., C]` -> logits `[..., V]`. forward(h, word_embeddings, labels): labels int64
-    `[...]`, -100 where there is nothing to predict -> the mean cross-entropy over the labels, a scalar; only labelled
-    rows are computed, and no `[..., V]` tensor is kept.
+    `[...]`, -100 where there is nothing to predict -> the mean cross-entropy over the labels, a scalar; no `[..., V]`
+    tensor is kept. Rows without a label cost as much as others on a GPU: leave them out where they are known.
     """
 
     def __init__(self, config: EncoderConfig, hidden_act: str | None = None):
@@ -410,15 +364,11 @@ class MaskedLMHead(nn.Module):
 
     def transform(self, h: Tensor) -> Tensor:
         """`[..., C]` -> `[..., E]`: all but the decoder."""
-        return self.norm(MODULES.activated(h, self.dense, self.hidden_act))
+        return self.norm(MODULES.activated(h, self.dense, self.hidden_act)[0])
 
     def forward(self, h: Tensor, word_embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
             return F.linear(self.transform(h), word_embeddings, self.bias)
-        h, labels = h.reshape(-1, h.shape[-1]), labels.reshape(-1)
-        if not torch.compiler.is_compiling():  # how many rows are labelled is not for a compiler to know
-            labelled = (labels != -100).nonzero().squeeze(1)
-            h, labels = h[labelled], labels[labelled]
         return ops.linear_cross_entropy(self.transform(h), word_embeddings, self.bias, labels)
 
 
@@ -434,7 +384,7 @@ class DiscriminatorHead(nn.Module):
         self.prediction = nn.Linear(config.hidden_size, 1)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.prediction(MODULES.activated(h, self.dense, self.hidden_act)).squeeze(-1)
+        return self.prediction(MODULES.activated(h, self.dense, self.hidden_act)[0]).squeeze(-1)
 
 
 class Pooler(nn.Module):

@@ -200,6 +200,16 @@ class Rows(NamedTuple):
     position_ids: Tensor | None
 
 
+class HeadRows(NamedTuple):
+    """What a head needs of an encoder: the last hidden state as rows, their layout, and the hidden states or None.
+    Where labels were given, the rows are those with a label, `[N, C]`, and `labels` `[N]` theirs."""
+
+    rows: Tensor
+    layout: Layout
+    hidden_states: tuple[Tensor, ...] | None
+    labels: Tensor | None
+
+
 class EncoderModel(PretrainedModel):
     """Embeddings, encoder and, where the family has one, pooler.
 
@@ -208,8 +218,8 @@ class EncoderModel(PretrainedModel):
 
     input_ids int64 `[B, L]` with attention_mask bool or integer `[B, L]` (non-zero: real token), or packed `[T]` with
     cu_seqlens int32 `[B + 1]`. token_type_ids, position_ids: int64 like input_ids; position_ids only where the family
-    has a position table. Returns `EncoderOutput`, zero at padded positions; with return_rows, what a head needs: the
-    last hidden state as packed rows, their layout, and the hidden states or None.
+    has a position table. Returns `EncoderOutput`, zero at padded positions; with return_rows, what a head needs, a
+    `HeadRows`: with labels (as a head takes them) only of the rows that have one.
 
     `ShapeError`, `DtypeError` for arguments that do not fit and for sequences longer than the position table;
     `DataError` for ids outside their table.
@@ -235,15 +245,26 @@ class EncoderModel(PretrainedModel):
         max_seqlen: int | None = None,
         output_hidden_states: bool = False,
         return_rows: bool = False,
-    ) -> EncoderOutput | tuple[Tensor, Layout, tuple[Tensor, ...] | None]:
+        labels: Tensor | None = None,
+        label_positions: Tensor | None = None,
+    ) -> EncoderOutput | HeadRows:
         layout, *ids = self.rows(
             input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
         )
         x = self.embeddings(*ids)
-        rows, states = self.encoder(x, output_hidden_states=output_hidden_states, **layout.attention)
+        positions = None
+        if labels is not None:
+            if not return_rows or output_hidden_states:
+                raise ShapeError("labels are for return_rows without output_hidden_states: a head has the loss")
+            labels, positions = labelled_rows(labels, label_positions, layout)
+        packed = layout.key_padding_mask is None
+        only = positions if packed else None
+        rows, states = self.encoder(x, rows=only, output_hidden_states=output_hidden_states, **layout.attention)
         states = None if states is None else tuple(layout.unpack(state) for state in states)
+        if labels is not None and only is None:
+            rows = rows.flatten(0, -2) if positions is None else rows.flatten(0, -2).index_select(0, positions)
         if return_rows:
-            return rows, layout, states
+            return HeadRows(rows, layout, states, labels)
         pooled = None if self.pooler is None else self.pooler(layout.first(rows))
         return EncoderOutput(layout.unpack(rows), pooled, states)
 
@@ -337,9 +358,12 @@ class MaskedLMModel(PretrainedModel):
 
     forward(input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None, *, cu_seqlens=None,
     max_seqlen=None, output_hidden_states=False, return_logits=True): inputs as for the family's Model; labels int64
-    like input_ids, -100 where there is nothing to predict. Returns `MaskedLMOutput`: loss is the mean cross-entropy
-    (natural logarithm) over the labelled real tokens, 0 if there are none; logits `[B, L, V]`. Only labelled rows pass
-    the head for the loss; with return_logits=False no `[tokens, V]` tensor exists at all: the way to pretrain.
+    like input_ids, -100 where there is nothing to predict; or, with label_positions int64 `[N]`, those of the packed
+    tokens at these places, int64 `[N]`. Returns `MaskedLMOutput`: loss is the mean cross-entropy (natural logarithm)
+    over the labelled real tokens, 0 if there are none; logits `[B, L, V]`. Only labelled rows pass the head for the
+    loss; with return_logits=False no `[tokens, V]` tensor exists at all, and without hidden states the last layer is
+    computed for labelled rows only: the way to pretrain. label_positions spare the search for them, which on a GPU
+    waits for the device; some may be there to fill up, with a label of -100.
     """
 
     model_class: type[EncoderModel]
@@ -359,6 +383,7 @@ class MaskedLMModel(PretrainedModel):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         *,
+        label_positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         output_hidden_states: bool = False,
@@ -369,9 +394,12 @@ class MaskedLMModel(PretrainedModel):
                 "labels is None and return_logits is False; expected labels, since there is nothing to compute "
                 "without them"
             )
-        if labels is not None:
+        if label_positions is not None:
+            check_label_positions(label_positions, labels, input_ids, cu_seqlens, self.config.vocab_size)
+        elif labels is not None:
             check_labels(labels, input_ids, self.config.vocab_size, "ids of the vocabulary")
-        rows, layout, states = self.model(
+        lean = not return_logits and not output_hidden_states
+        rows, layout, states, found = self.model(
             input_ids,
             attention_mask,
             token_type_ids,
@@ -380,22 +408,52 @@ class MaskedLMModel(PretrainedModel):
             max_seqlen=max_seqlen,
             output_hidden_states=output_hidden_states,
             return_rows=True,
+            **({"labels": labels, "label_positions": label_positions} if lean else {}),
         )
-        word = self.model.embeddings.word.weight
-        loss = None if labels is None else self.head(rows, word, labels_of_rows(labels, layout))
+        word, loss = self.model.embeddings.word.weight, None
+        if lean:
+            loss = self.head(rows, word, found)
+        elif labels is not None:
+            found, positions = labelled_rows(labels, label_positions, layout)
+            flat = rows.flatten(0, -2)
+            loss = self.head(flat if positions is None else flat.index_select(0, positions), word, found)
         logits = layout.unpack(self.head(rows, word)) if return_logits else None
         return MaskedLMOutput(loss, logits, states)
 
 
-def check_labels(labels: Tensor, input_ids: Tensor, limit: int, of: str) -> None:
-    """Labels are integers like input_ids, from 0 to limit - 1 or IGNORE_INDEX."""
+def check_labels(labels: Tensor, places: Tensor, limit: int, of: str, like: str = "input_ids") -> None:
+    """Labels are integers, one for each of `places`, from 0 to limit - 1 or IGNORE_INDEX."""
     checks.tensors(labels=labels)
     checks.integer(labels=labels)
-    if labels.shape != input_ids.shape:
-        raise ShapeError(
-            f"labels has shape {list(labels.shape)}; expected {list(input_ids.shape)}, the shape of input_ids"
-        )
+    if labels.shape != places.shape:
+        raise ShapeError(f"labels has shape {list(labels.shape)}; expected {list(places.shape)}, the shape of {like}")
     checks.indices("labels", labels, limit, of, besides=IGNORE_INDEX)
+
+
+def check_label_positions(
+    positions: Tensor, labels: Tensor | None, input_ids: Tensor, cu_seqlens: Tensor | None, limit: int
+) -> None:
+    """label_positions are places of packed input_ids, with a label for each."""
+    checks.tensors(label_positions=positions, labels=labels)
+    checks.integer(label_positions=positions, labels=labels)
+    if cu_seqlens is None:
+        raise ShapeError("label_positions were given without cu_seqlens; expected None for padded input")
+    if positions.dim() != 1:
+        raise ShapeError(f"label_positions has shape {list(positions.shape)}; expected one dimension")
+    checks.indices("label_positions", positions, len(input_ids), "packed tokens")
+    check_labels(labels, positions, limit, "ids of the vocabulary", like="label_positions")
+
+
+def labelled_rows(labels: Tensor, label_positions: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """Labels `[N]` and the places of their rows `[N]`; all rows, and None, where a compiler asks, for which N would
+    depend on data."""
+    if label_positions is not None:
+        return labels, label_positions
+    labels = labels_of_rows(labels, layout).flatten()
+    if torch.compiler.is_compiling():
+        return labels, None
+    positions = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    return labels[positions], positions
 
 
 def labels_of_rows(labels: Tensor, layout: Layout) -> Tensor:

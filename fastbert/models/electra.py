@@ -95,7 +95,7 @@ class ElectraForPreTraining(PretrainedModel):
         if labels is not None:
             labels = labels.long() if isinstance(labels, Tensor) and labels.dtype == torch.bool else labels
             check_labels(labels, input_ids, 2, "1 where the token was replaced")
-        rows, layout, states = self.model(
+        rows, layout, states, _ = self.model(
             input_ids,
             attention_mask,
             token_type_ids,

@@ -128,40 +128,79 @@ def shared_linear(x: Tensor, shared: SharedWeight, total: Tensor) -> tuple[Tenso
 
     Raises ShapeError, DtypeError.
     """
+    y, _, total = shared_branch(x, shared, total, [len(shared.weight)])
+    return y, total
+
+
+def shared_branch(x: Tensor, shared: SharedWeight, total: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """shared_linear whose result is split into views of `sizes`, which add up to N; x again, for whoever reads it next,
+    its gradient summed by the products as in branch_linear; and the next `total`. The gradients of the views are taken
+    as they come, not side by side in a copy.
+    """
     checks.tensors(x=x, total=total)
     checks.floating(x=x, total=total)
     checks.rows(x=x)
     checks.shape("x", x, (*x.shape[:-1], shared.weight.shape[1]), "the columns of the weight")
-    return _SharedLinear.apply(x.to(shared.weight.dtype), shared.weight, shared.bias, shared.start, total)
+    operand = x.to(shared.weight.dtype)
+    *parts, again, total = _SharedLinear.apply(operand, shared.weight, shared.bias, shared.start, total, sizes)
+    return *parts, (again if operand is x else x), total
 
 
 class _SharedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(x, weight, bias, start, total):
-        return F.linear(x, weight, bias), _stand_in(total, total.dtype, total.numel())
+    def forward(x, weight, bias, start, total, sizes):
+        parts = F.linear(x, weight, bias).split(sizes, dim=-1)
+        return *parts, x.view_as(x), _stand_in(total, total.dtype, total.numel())
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, ctx.start, total = inputs
+        x, weight, bias, ctx.start, total, ctx.sizes = inputs
         ctx.save_for_backward(x, weight)
         ctx.has_bias, ctx.size, ctx.dtype = bias is not None, total.numel(), total.dtype
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, total):
-        if dy is None:
-            return None, None, None, None, total
+    def backward(ctx, *gradients):
         x, weight = ctx.saved_tensors
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
-        if total is None:
-            total = dy.new_zeros(ctx.size, dtype=ctx.dtype)
-        dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        end = ctx.start + weight.numel()
-        portable.add_product(total[ctx.start : end].view(weight.shape), dy.t(), x)
-        if ctx.has_bias:
-            total[end : end + len(weight)] += dy.sum(0, dtype=ctx.dtype)
-        return dx, None, None, None, total
+        *dys, dx, total = gradients
+        if total is None and any(dy is not None for dy in dys):
+            total = x.new_zeros(ctx.size, dtype=ctx.dtype)
+        rows, of_input = x.reshape(-1, x.shape[-1]), InputGradient(dx, x, ctx.needs_input_grad[0])
+        first, end = 0, ctx.start + weight.numel()
+        for dy, size, part in zip(dys, ctx.sizes, weight.split(ctx.sizes), strict=True):
+            if dy is not None:
+                dy = dy.reshape(-1, size)
+                of_input.add(dy, part)
+                place = ctx.start + first * weight.shape[1]
+                portable.add_product(total[place : place + part.numel()].view(part.shape), dy.t(), rows)
+                if ctx.has_bias:
+                    total[end + first : end + first + size] += dy.sum(0, dtype=ctx.dtype)
+            first += size
+        return of_input.result(), None, None, None, total, None
+
+
+class InputGradient:
+    """The gradient of x `[..., K]`, to which products add theirs (beta = 1): `dx` is what came in, or None."""
+
+    def __init__(self, dx: Tensor | None, x: Tensor, wanted: bool):
+        self._wanted, self._shape, self._own = wanted, x.shape, False
+        self._sum = dx.reshape(-1, x.shape[-1]) if wanted and dx is not None else None
+
+    def add(self, dy: Tensor, weight: Tensor) -> None:
+        """Adds dy W, of dy `[rows, N]` and weight `[N, K]`."""
+        if not self._wanted:
+            return
+        if self._sum is None:
+            self._sum = dy @ weight
+        elif self._own:
+            self._sum.addmm_(dy, weight)
+        else:  # what came in is not ours to write to
+            self._sum = torch.addmm(self._sum, dy, weight)
+        self._own = True
+
+    def result(self) -> Tensor | None:
+        return None if self._sum is None else self._sum.view(self._shape)
 
 
 def _stand_in(like: Tensor, dtype: torch.dtype, size: int) -> Tensor:
@@ -193,9 +232,10 @@ class _Widen(torch.autograd.Function):
 
 
 def can_share() -> bool:
-    """Whether the functions above serve: they can be differentiated once, and not by torch.func's transforms; so not
-    under use_backend("reference"), which can."""
-    return not (torch._C._are_functorch_transforms_active() or is_asked_for("reference"))
+    """Whether the functions above serve: they can be differentiated once, backward, and not by torch.func's transforms;
+    so not under use_backend("reference"), which can be otherwise."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return not (forward_mode or torch._C._are_functorch_transforms_active() or is_asked_for("reference"))
 
 
 can_share._dynamo_marked_constant = True  # as in fastbert.backend
