@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import weakref
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -21,8 +20,10 @@ from safetensors.torch import load_file
 import fastbert
 from fastbert.data import Corpus, Tokenizer, prepare
 from fastbert.errors import CheckpointError, ConfigError, DataError, FastBertError, MissingFileError
+from fastbert.optim import schedule
 from fastbert.train import PretrainConfig, fill, pretrain, state
-from fastbert.train.world import World
+from fastbert.train.setup import architecture
+from fastbert.train.step import TrainStep
 
 ROOT = Path(__file__).parent.parent
 training = import_module("fastbert.train.pretrain")  # the name in fastbert.train is the function
@@ -121,7 +122,10 @@ def test_a_run_learns_and_leaves_a_model_that_loads(config):
     assert train[-1] < train[0] - 0.5 and result.loss == train[-1]
     assert result.validation_loss < math.log(16)  # 16 characters
     model, tokenizer = fastbert.from_pretrained(result.model), Tokenizer.from_pretrained(result.model)
-    assert isinstance(model, fastbert.RoFormerForMaskedLM) and model.config.vocab_size == tokenizer.vocab_size
+    assert isinstance(model, fastbert.RoFormerForMaskedLM) and tokenizer.vocab_size < model.config.vocab_size == 24
+    with torch.no_grad():
+        logits = model(torch.tensor([tokenizer.encode("天地山[MASK]日月")])).logits[0]
+    assert logits[:, tokenizer.vocab_size :].max() < logits[:, : tokenizer.vocab_size].max(-1).values.min()
     (best,) = fill(model, tokenizer, "天地山[MASK]日月", top=3)
     assert best[0][0] == "川" and len(best) == 3 and best[0][1] > best[1][1]
     header = json.loads((Path(config.out) / "log.jsonl").read_text(encoding="utf-8").splitlines()[0])
@@ -129,10 +133,19 @@ def test_a_run_learns_and_leaves_a_model_that_loads(config):
     assert header["device"].startswith("cpu") and header["config"]["lr"] == 1e-2
 
 
+def test_only_a_new_vocabulary_is_padded(config, tmp_path):
+    size = lambda **changes: architecture(replace(config, **changes), 21, 0).vocab_size  # noqa: E731
+    assert size() == size(variant="nezha") == 24 and size(pad_vocab_to=64) == 64 and size(pad_vocab_to=1) == 21
+    assert size(preset="bert-tiny", model={}) == 21 and size(model=TINY | {"vocab_size": 22}) == 22
+    begun = fastbert.EncoderConfig("bert", vocab_size=23, **TINY)
+    fastbert.BertForMaskedLM(begun).save_pretrained(tmp_path / "begun")
+    assert size(init=str(tmp_path / "begun"), model={}) == 23
+
+
 def test_the_log_counts_real_tokens(uninterrupted, config):
     made = training.Trainer(config, training.World(torch.device("cpu")))
     try:
-        tokens = sum(len(batch.batch.input_ids) for update in range(4) for batch in made.feed.take(update))
+        tokens = sum(batch.tokens for update in range(4) for batch in made.feed.take(update))
     finally:
         made.close()
     assert losses(uninterrupted)[0]["tokens"] == tokens
@@ -181,24 +194,37 @@ def test_autocast_trains_with_fp32_weights(config, precision):
 
 
 def test_an_update_that_overflows_moves_neither_weights_nor_schedule(config, monkeypatch):
-    apply, seen = training.Trainer._apply_gradients, []
+    apply, seen = TrainStep.apply, []
 
     def overflow_in_the_third(self):
-        if self.update == 3:
+        if self.progress.tried == 2:
             self.model.head.bias.grad.fill_(math.inf)
-        before = self.model.head.bias.detach().clone()
-        made = apply(self)
-        seen.append((made, self.step, torch.equal(before, self.model.head.bias), self.scaler.get_scale()))
-        return made
+        before, made = self.model.head.bias.detach().clone(), self.progress.made.item()
+        apply(self)
+        unchanged = torch.equal(before, self.model.head.bias)
+        seen.append((self.progress.made.item() > made, unchanged, self.loss_scale.scale.item()))
 
-    monkeypatch.setattr(training.Trainer, "_apply_gradients", overflow_in_the_third)
+    monkeypatch.setattr(TrainStep, "apply", overflow_in_the_third)
     pretrain(replace(config, precision="fp16", steps=5, log_every=1))
     skipped = [i for i, (made, *_) in enumerate(seen) if not made]
     assert 2 in skipped and len(seen) == 5 + len(skipped)
-    assert all(unchanged for made, _, unchanged, _ in seen if not made)
-    assert seen[2][3] == seen[1][3] / 2
-    steps = [record["step"] for record in losses(config.out) if record["event"] == "train"]
-    assert steps == [1, 2, 3, 4, 5]
+    assert all(unchanged for made, unchanged, _ in seen if not made)
+    assert seen[2][2] == seen[1][2] / 2
+    train = [record for record in losses(config.out) if record["event"] == "train"]
+    assert [record["step"] for record in train] == [1, 2, 3, 4, 5]
+    assert [record["lr"] for record in train] == [1e-3 * schedule("linear", steps=5, warmup=2)(i) for i in range(5)]
+
+
+def test_gradients_that_no_loss_scale_saves_stop_the_run(config, monkeypatch):
+    apply = TrainStep.apply
+
+    def overflow(self):
+        self.gradients.buffer.fill_(math.inf)
+        apply(self)
+
+    monkeypatch.setattr(TrainStep, "apply", overflow)
+    with pytest.raises(FastBertError, match="overflow in fp16 even with a loss scale of 3.05.*after step 0;"):
+        pretrain(replace(config, precision="fp16"))
 
 
 # -- the end before the end ------------------------------------------------------------------------------------------
@@ -371,6 +397,25 @@ def test_a_save_that_fails_anywhere_leaves_the_old_checkpoint_or_the_new(tmp_pat
     assert state.latest(tmp_path, pytest.fail).name == "step-00000002"
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_checkpoint_of_the_old_form_resumes(config, tmp_path, precision):
+    """Which kept torch.amp.GradScaler's state, an empty one without scaling."""
+    whole = replace(config, precision=precision, out=str(tmp_path / "whole"))
+    pretrain(whole)
+    shutil.copytree(whole.out, config.out)
+    shutil.rmtree(Path(config.out) / "checkpoints" / "step-00000012")
+    folder = Path(config.out) / "checkpoints" / "step-00000010"
+    content = state.read_state(folder)
+    scale = content.pop("loss_scale")
+    content["scaler"] = {"scale": scale["scale"], "_growth_tracker": scale["good"]} if scale else {}
+    (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["files"]["state.json"] = state._fingerprint(folder / "state.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    pretrain(replace(config, precision=precision, resume=True))
+    same_end(config.out, whole.out)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -416,34 +461,6 @@ def test_two_processes_equal_one_with_the_same_global_batch(config, tmp_path):
     close_end(config.out, together, step=6)
 
 
-class _Through(torch.nn.Module):
-    """A model as DistributedDataParallel holds it: in a reference cycle."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.cycle = model, [self]
-
-    def forward(self, *args, **kwargs):
-        return self.model(*args, **kwargs)
-
-
-def test_nothing_holds_the_process_group_when_it_ends(config, monkeypatch):
-    """Else its threads outlive it, and now and then a finished process aborts."""
-    held = []
-
-    def parallel(self, model):
-        through = _Through(model)
-        held.append(weakref.ref(through))
-        return through
-
-    monkeypatch.setattr(World, "parallel", parallel)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_: None)
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: held.append(held[0]()))
-    pretrain(replace(config, steps=2))
-    assert len(held) == 2 and held[1] is None
-
-
 # -- what can be wrong -----------------------------------------------------------------------------------------------
 
 
@@ -480,6 +497,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(config):
         (dict(batch_size=1000), ConfigError, "1000 samples, but the corpus gives"),
         (dict(warmup=50), ConfigError, "warmup is 50"),
         (dict(device="tpu"), ConfigError, "device is 'tpu'"),
+        (
+            dict(cuda_graphs=True, gradient_checkpointing=True),
+            ConfigError,
+            "gradient_checkpointing and cuda_graphs are",
+        ),
+        (dict(cuda_graphs=True), ConfigError, "cuda_graphs is set, but device 'cpu' is cpu: it needs a GPU"),
     ],
 )
 def test_what_cannot_work_is_an_error_before_the_first_step(config, change, error, said):

@@ -88,6 +88,14 @@ class ModelOptions(Options):
     preset: str | None = option(None, "published architecture by name, see fastbert.presets()")
     model: dict = option({}, "fields of the architecture to change, such as hidden_size=384 num_hidden_layers=6")
     init: str | None = option(None, "model folder whose weights to begin from")
+    # 8 elements of 16 bits are what products want to be aligned to. 64 words for 21, as text of proteins has, learn
+    # visibly later: what nothing has for a label must be unlearnt first.
+    pad_vocab_to: int = option(
+        8,
+        "round the vocabulary of a new model up to a multiple of this, for aligned matrix products; 1: not; "
+        "a preset has as many words as the tokenizer, init as many as it was made with",
+        least=1,
+    )
 
 
 @dataclass(kw_only=True)
@@ -133,12 +141,23 @@ class RunOptions(Options):
     overwrite: bool = option(False, "remove the run that is in out")
     seed: int = option(0, "everything random follows from it", least=0)
     precision: str = option(
-        "auto", "auto: fp32 on CPU, bf16 on GPUs that have it, else fp16", choices=("auto", "fp32", "bf16", "fp16")
+        "auto",
+        "what the model runs in, beside weights in fp32; auto: fp32 on CPU, bf16 on GPUs that have it, else fp16",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
     device: str = option("auto", "auto: a GPU if there is one, else the CPU")
     threads: int | None = option(None, "CPU threads; if not given, as torch decides", least=1)
     gradient_checkpointing: bool = option(
         False, "compute activations again in the backward pass: less memory, a third more arithmetic"
+    )
+    compile: bool = option(
+        False,
+        "run the model through torch.compile, which takes a while for each of the few sizes that batches are filled "
+        "up to",
+    )
+    cuda_graphs: bool = option(
+        False,
+        "replay CUDA graphs, which pays where launches take longer than the work; batches are filled up to a few sizes",
     )
     log_every: int = option(50, "steps between records in the log", least=1)
     validate_every: int = option(500, "steps between validations; 0: only at the end", least=0)
@@ -158,6 +177,11 @@ class PretrainConfig(RunOptions, OptimizerOptions, ObjectiveOptions, ModelOption
             raise ConfigError(f"data is {self.data!r} and files is {self.files!r}, expected one of the two")
         if self.steps and self.epochs:
             raise ConfigError(f"steps is {self.steps} and epochs is {self.epochs}, expected one of the two")
+        if self.gradient_checkpointing and self.cuda_graphs:
+            raise ConfigError(
+                "gradient_checkpointing and cuda_graphs are both set, expected at most one of the two: to compute "
+                "activations again, the state of the generator is read, which a graph does not allow"
+            )
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite are both set, expected at most one of the two")
 

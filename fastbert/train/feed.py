@@ -1,34 +1,91 @@
 """Which samples each step takes, and their batches, made ahead in a background thread."""
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fastbert.data import Batch, MaskedLM
+from fastbert.data import MaskedLM
 from fastbert.errors import ConfigError
 from fastbert.train.world import World
 
+_IGNORED = -100
+
 
 class MicroBatch(NamedTuple):
-    """A batch, with the number of its labelled tokens."""
+    """inputs: what the model takes, by name, input_ids [T], cu_seqlens, labels and label_positions among it;
+    max_seqlen; the number of labels and of real tokens."""
 
-    batch: Batch
+    inputs: dict[str, Tensor]
+    max_seqlen: int
     labels: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Batches of few shapes, as a compiler and CUDA graphs want them.
+
+    The tokens of a batch are filled up to a multiple of `granule`, 1/32 of the most there can be, with sequences of
+    [PAD] that have no labels, so that they add nothing to any gradient. What is left of the room for sequences is
+    empty, and what is left of that for labels is filled with the label -100 at place 0.
+    """
+
+    batch_size: int
+    max_length: int
+    mask_prob: float
+    pad_id: int
+
+    @property
+    def granule(self) -> int:
+        return max(64, -(-self.batch_size * self.max_length // (32 * 64)) * 64)
+
+    def fill(self, batch: MicroBatch) -> MicroBatch:
+        ids, ends = batch.inputs["input_ids"], batch.inputs["cu_seqlens"]
+        tokens = -(-len(ids) // self.granule) * self.granule
+        sequences = self.batch_size + -(-self.granule // self.max_length)
+        # A sample has max(1, round(mask_prob x its pieces)) labels.
+        labels = -(-int(self.mask_prob * tokens + self.batch_size) // 64) * 64
+        more = torch.arange(len(ids), tokens, self.max_length, dtype=torch.int32)[1:]
+        ends = torch.cat([ends, more, ends.new_full((sequences + 1 - len(ends) - len(more),), tokens)])
+        filled = {
+            "input_ids": _padded(ids, tokens, self.pad_id),
+            "cu_seqlens": ends,
+            "labels": _padded(batch.inputs["labels"], labels, _IGNORED),
+            "label_positions": _padded(batch.inputs["label_positions"], labels, 0),
+        }
+        if "token_type_ids" in batch.inputs:
+            filled["token_type_ids"] = _padded(batch.inputs["token_type_ids"], tokens, 0)
+        return batch._replace(inputs=batch.inputs | filled, max_seqlen=self.max_length)
+
+
+def _padded(t: Tensor, size: int, value: int) -> Tensor:
+    return torch.cat([t, t.new_full((size - len(t),), value)])
 
 
 class Feed:
     """The micro-batches of this process for update number 0, 1, 2, ...
 
-    The samples of an update are the next `global_batch` in the order of the epoch, whatever the number of processes;
-    micro-batch m of process r takes the run that begins at (m * processes + r) * batch_size of them. What is left at
-    the end of an epoch and does not fill an update is not used in that epoch.
+    The samples of an update are the next `global_batch` in the order of the epoch, whatever the number of processes.
+    They are dealt out by length, so that all micro-batches of all processes have as many samples and about as many
+    tokens, the longest first. What is left at the end of an epoch and does not fill an update is not used in that
+    epoch.
     """
 
-    def __init__(self, objective: MaskedLM, batch_size: int, accumulation: int, world: World):
+    def __init__(
+        self,
+        objective: MaskedLM,
+        batch_size: int,
+        accumulation: int,
+        world: World,
+        buckets: Buckets | None = None,
+    ):
         self._objective, self._batch_size, self._accumulation, self._world = objective, batch_size, accumulation, world
+        self._buckets = buckets
         self.global_batch = batch_size * accumulation * world.size
         self.updates_per_epoch = len(objective) // self.global_batch
         if not self.updates_per_epoch:
@@ -62,15 +119,39 @@ class Feed:
 
     def _load(self, update: int) -> list[MicroBatch]:
         epoch, indices = self.samples(update)
-        own = indices.reshape(self._accumulation, self._world.size, self._batch_size)[:, self._world.rank]
-        return [micro_batch(self._objective, part, epoch, self._world) for part in own]
+        samples = self._objective.samples
+        hands = deal(samples.end[indices] - samples.start[indices], self._accumulation * self._world.size)
+        own = indices[hands][self._world.rank :: self._world.size]
+        return [micro_batch(self._objective, part, epoch, self._world, self._buckets) for part in own]
 
 
-def micro_batch(objective: MaskedLM, indices: np.ndarray, epoch: int, world: World) -> MicroBatch:
+def deal(lengths: np.ndarray, hands: int) -> np.ndarray:
+    """Places in `lengths` dealt out to `hands`, as many to each, [hands, n]: the longest first, there and back again,
+    so that the sums of the hands differ by little."""
+    rounds = np.argsort(-lengths, kind="stable").reshape(-1, hands)
+    rounds[1::2] = rounds[1::2, ::-1]
+    return rounds.T
+
+
+def micro_batch(
+    objective: MaskedLM, indices: Sequence[int], epoch: int, world: World, buckets: Buckets | None = None
+) -> MicroBatch:
     """The batch of some samples, in pinned memory if it is going to a GPU."""
-    batch = objective.batch(indices, epoch)
-    labels = int((batch.labels >= 0).sum())
+    made = objective.batch(indices, epoch)
+    batch = labelled(made.input_ids, made.labels, made.cu_seqlens, made.max_seqlen, made.token_type_ids)
+    if buckets is not None:
+        batch = buckets.fill(batch)
     if world.device.type == "cuda":
-        tensors = {name: value.pin_memory() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-        batch = replace(batch, **tensors)
-    return MicroBatch(batch, labels)
+        batch = batch._replace(inputs={name: t.pin_memory() for name, t in batch.inputs.items()})
+    return batch
+
+
+def labelled(
+    input_ids: Tensor, labels: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_type_ids: Tensor | None = None
+) -> MicroBatch:
+    """A packed batch with labels [T], -100 where there is none, as one with those of labelled tokens only."""
+    places = (labels != _IGNORED).nonzero().squeeze(1)
+    inputs = {"input_ids": input_ids, "cu_seqlens": cu_seqlens, "token_type_ids": token_type_ids}
+    inputs |= {"labels": labels[places], "label_positions": places}
+    given = {name: t for name, t in inputs.items() if t is not None}
+    return MicroBatch(given, max_seqlen, len(places), len(input_ids))

@@ -8,22 +8,19 @@ that never stopped, bit by bit.
 import hashlib
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from fastbert.errors import FastBertError
-from fastbert.optim import FusedLAMB, schedule
+from fastbert.optim import schedule
 from fastbert.train import setup, state
 from fastbert.train.config import PretrainConfig
-from fastbert.train.feed import Feed, MicroBatch, micro_batch
+from fastbert.train.feed import micro_batch
 from fastbert.train.interrupt import Interrupt
 from fastbert.train.journal import Journal
 from fastbert.train.world import World
-
-_SMALLEST_LOSS_SCALE = 2.0**-14
 
 
 @dataclass(frozen=True)
@@ -57,12 +54,13 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
 
 class Trainer:
     """One run, in one process. `step` counts the updates that were made, `update` those that were tried: they differ by
-    what the loss scaler skipped. Samples follow `update`, the learning rate follows `step`.
+    what the loss scale skipped. Samples follow `update`, the learning rate follows `step`. Where updates can be
+    skipped, only the device knows `step`: between looks it is the most it can be.
     """
 
     def __init__(self, config: PretrainConfig, world: World):
         self.config, self.world, self.folder = config, world, Path(config.out)
-        self.autocast = setup.autocast_type(config.precision, world.device)
+        setup.check_device(config, world)
         if world.is_main:
             setup.check_folder(config)
         setup.architecture(config)  # before text is prepared for what cannot be built
@@ -70,11 +68,7 @@ class Trainer:
         self._build_data()
         self._build_model(resumed)
         self.step = self.update = 0
-        # since the last record: the sum of loss x labels, on the device so that it need not be waited for, and counts
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-        self.labels = self.tokens = 0
-        self.first_bad = torch.full((), math.inf, dtype=torch.float64, device=world.device)
-        self.grad_norm = torch.zeros(())
+        self.labels = self.tokens = 0  # since the last record
         self.loss, self.validation_loss = math.nan, None
         if resumed is not None:
             self._restore(resumed)
@@ -88,9 +82,9 @@ class Trainer:
         self._mark, stop = time.perf_counter(), False
         with Interrupt(announce=self.world.is_main) as interrupt:
             while self.step < self.steps and not stop:
-                made = self._train_step()
+                self._train_step()
                 stop = self.world.max(interrupt.requested)[0] > 0
-                self._after_step(made, stop)
+                self._after_step(stop)
         if self.step < self.steps:
             return PretrainResult(self.folder, None, self.step, self.loss, self.validation_loss, True)
         model = self.folder / setup.MODEL
@@ -101,10 +95,9 @@ class Trainer:
         return PretrainResult(self.folder, model, self.step, self.loss, self.validation_loss, False)
 
     def close(self) -> None:
-        """Ends the threads, closes the files and lets go of the other processes."""
+        """Ends the threads and closes the files."""
         self.feed.close()
         self.journal.close()
-        del self.parallel
 
     # -- building ------------------------------------------------------------------------------------------------------
 
@@ -114,7 +107,7 @@ class Trainer:
         self.data_digest = setup.digest(corpus)
         self.objective = setup.objective(config, corpus, self.tokenizer)
         self.held_out = None if held_out is None else setup.objective(config, held_out, self.tokenizer)
-        self.feed = Feed(self.objective, config.batch_size, config.accumulation, self.world)
+        self.feed = setup.feed(config, self.objective, self.tokenizer, self.world)
         self.steps = config.steps or max(1, int((config.epochs or 1) * self.feed.updates_per_epoch))
 
     def _build_model(self, resumed: Path | None) -> None:
@@ -125,9 +118,8 @@ class Trainer:
         self.model = setup.build_model(config, self.tokenizer, resumed).to(device).train()
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
-        self.parallel = self.world.parallel(self.model)
-        self.optimizer = setup.optimizer(config, self.model)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast == torch.float16)
+        self.world.align(self.model.parameters())
+        self.updates = setup.train_step(config, self.model, self.lr, self.world)
 
     def _open_journal(self, resumed: Path | None) -> Journal:
         if not self.world.is_main:
@@ -146,7 +138,7 @@ class Trainer:
             device=setup.device_name(self.world.device),
             processes=self.world.size,
             threads=torch.get_num_threads(),
-            precision=str(self.autocast or torch.float32).removeprefix("torch."),
+            precision=str(next(self.updates.working.parameters()).dtype).removeprefix("torch."),
             parameters=self.model.num_parameters(),
             samples=len(self.objective),
             architecture=self.model.config.to_dict(),
@@ -156,92 +148,43 @@ class Trainer:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def _train_step(self) -> bool:
-        """False if the loss scaler skipped the update."""
+    def _train_step(self) -> None:
         batches = self.feed.take(self.update)
         (labels,) = self.world.sum(sum(batch.labels for batch in batches))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr(self.step)
         for index, batch in enumerate(batches):
-            torch.manual_seed(_derived_seed(self.config.seed, self.update, index, self.world.rank))
-            local = self.world.size > 1 and index < len(batches) - 1  # gradients are exchanged once per update
-            with self.parallel.no_sync() if local else nullcontext():
-                self._accumulate(batch, labels)
+            seed = _derived_seed(self.config.seed, self.update, index, self.world.rank)
+            self.updates.accumulate(batch, labels, seed)
+            self.labels += batch.labels
+            self.tokens += batch.tokens
+        self.updates.apply()
         self.update += 1
-        return self._apply_gradients()
-
-    def _accumulate(self, batch: MicroBatch, labels: float) -> None:
-        """Adds the gradients of a micro-batch's share in the mean over all labels of the update."""
-        loss = self._loss(self.parallel, batch)
-        # DistributedDataParallel divides by the number of processes.
-        self.scaler.scale(loss * (batch.labels * self.world.size / labels)).backward()
-        loss = loss.detach().double()
-        self.loss_sum += loss * batch.labels
-        self.labels += batch.labels
-        self.tokens += len(batch.batch.input_ids)
-        self._note_bad(loss, self.update)
-
-    def _note_bad(self, value: torch.Tensor, update: int) -> None:
-        """Remembers the first update in which a loss or a norm of gradients is not finite, without waiting for it."""
-        self.first_bad = torch.where(value.isfinite(), self.first_bad, self.first_bad.clamp(max=update))
-
-    def _loss(self, model, batch: MicroBatch) -> torch.Tensor:
-        device = self.world.device
-        batch = batch.batch.to(device, non_blocking=True)
-        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-            output = model(
-                batch.input_ids,
-                token_type_ids=batch.token_type_ids,
-                labels=batch.labels,
-                cu_seqlens=batch.cu_seqlens,
-                max_seqlen=batch.max_seqlen,
-                return_logits=False,
-            )
-        return output.loss
-
-    def _apply_gradients(self) -> bool:
-        scale = self.scaler.get_scale()
-        if isinstance(self.optimizer, FusedLAMB):  # it unscales and clips by itself
-            self.scaler.step(self.optimizer)
-            self.grad_norm = self.optimizer.grad_norm
-        else:
-            self.scaler.unscale_(self.optimizer)
-            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if not self.scaler.is_enabled():  # nothing scales the loss until the gradients are finite
-            self._note_bad(self.grad_norm, self.update - 1)
-        self.optimizer.zero_grad()
-        made = self.scaler.get_scale() >= scale
-        self.step += made
-        if not made and scale < _SMALLEST_LOSS_SCALE:
-            raise FastBertError(
-                f"gradients overflow in fp16 even with a loss scale of {scale:g}, after step {self.step}; nothing was "
-                "saved since the last checkpoint. Try precision='bf16'"
-            )
-        return made
+        self.step += 1
 
     # -- between steps -------------------------------------------------------------------------------------------------
 
-    def _after_step(self, made: bool, stop: bool) -> None:
-        config, last = self.config, self.step == self.steps
-        log = made and (last or _due(self.step, config.log_every))
-        validate = made and self.held_out is not None and (last or _due(self.step, config.validate_every))
-        save = stop or made and (last or _due(self.step, config.checkpoint_every))
-        if self.world.device.type == "cpu" or log or validate or save:  # on a GPU, looking means waiting
+    def _after_step(self, stop: bool) -> None:
+        config = self.config
+        last = self.step == self.steps
+        log = last or _due(self.step, config.log_every)
+        validate = self.held_out is not None and (last or _due(self.step, config.validate_every))
+        save = last or _due(self.step, config.checkpoint_every)
+        if self.world.device.type == "cpu" or log or validate or save or stop:  # on a GPU, looking means waiting
             self._check_finite()
+            most, self.step = self.step, self.updates.look()
+            if self.step < most:  # what is due is due once this step has been made
+                log = validate = save = False
         self.journal.advance(self.step)
         if log:
             self._log()
         begin = time.perf_counter()
         if validate:
             self._validate()
-        if save:
+        if save or stop:
             self._save()
         self._mark += time.perf_counter() - begin
 
     def _check_finite(self) -> None:
-        bad = -self.world.max(-self.first_bad.item())[0]
+        bad = -self.world.max(-self.updates.progress.first_bad.item())[0]
         if math.isinf(bad):
             return
         epoch, samples = self.feed.samples(int(bad))
@@ -254,11 +197,11 @@ class Trainer:
 
     def _window(self) -> list[float]:
         """Sum of loss x labels, labels and tokens since the last record, over all processes."""
-        return self.world.sum(self.loss_sum.item(), self.labels, self.tokens)
+        return self.world.sum(self.updates.progress.loss.item(), self.labels, self.tokens)
 
     def _log(self) -> None:
         loss, labels, tokens = self._window()
-        self.loss_sum.zero_()
+        self.updates.progress.loss.zero_()
         self.labels = self.tokens = 0
         now = time.perf_counter()
         speed, lr = tokens / (now - self._mark), self.lr(self.step - 1)
@@ -268,7 +211,7 @@ class Trainer:
             step=self.step,
             loss=self.loss,
             lr=lr,
-            grad_norm=self.grad_norm.item(),
+            grad_norm=self.updates.progress.grad_norm.item(),
             tokens=int(tokens),
             tokens_per_second=round(speed, 1),
         )
@@ -280,12 +223,12 @@ class Trainer:
         chosen = torch.linspace(0, len(self.held_out) - 1, count, dtype=torch.float64).long().numpy()
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         size, rank = self.config.batch_size, self.world.rank
-        self.model.eval()
+        model = self.updates.working.eval()
         for begin in range(rank * size, count, self.world.size * size):
             batch = micro_batch(self.held_out, chosen[begin : begin + size], 0, self.world)
-            loss = self._loss(self.model, batch).double()
+            loss = self.updates.loss(batch).double()
             total += torch.stack([loss * batch.labels, torch.full_like(loss, batch.labels)])
-        self.model.train()
+        model.train()
         loss, labels = self.world.sum(*total.tolist())
         self.validation_loss = loss / labels
         self.journal.record("validation", step=self.step, loss=self.validation_loss)
@@ -304,13 +247,13 @@ class Trainer:
                 "window": window,
                 "loss": None if math.isnan(self.loss) else self.loss,
                 "validation_loss": self.validation_loss,
-                "scaler": self.scaler.state_dict(),
+                "loss_scale": self.updates.loss_scale and self.updates.loss_scale.state(),
                 "data": self.data_digest,
                 "global_batch": self.feed.global_batch,
                 "config": asdict(self.config),
                 "versions": setup.versions(),
             }
-            moments, root = state.optimizer_tensors(self.model, self.optimizer), self.folder / setup.CHECKPOINTS
+            moments, root = state.optimizer_tensors(self.model, self.updates.optimizer), self.folder / setup.CHECKPOINTS
             folder = state.save(root, self.step, self._write_model, moments, content)
             state.prune(root, self.config.keep_last)
             self.journal.record("checkpoint", step=self.step, folder=folder.name)
@@ -319,14 +262,14 @@ class Trainer:
     def _restore(self, checkpoint: Path) -> None:
         content = state.read_state(checkpoint)
         setup.check_resumable(self.config, content, self.feed.global_batch, self.data_digest)
-        state.load_optimizer(self.model, self.optimizer, checkpoint)
-        self.scaler.load_state_dict(content["scaler"])
+        state.load_optimizer(self.model, self.updates.optimizer, checkpoint)
         self.step, self.update = content["step"], content["update"]
+        self.updates.restore(self.step, self.update, setup.loss_scale_of(content))
         self.loss = math.nan if content["loss"] is None else content["loss"]
         self.validation_loss = content["validation_loss"]
         if self.world.is_main:
             loss, self.labels, self.tokens = content["window"]
-            self.loss_sum.fill_(loss)
+            self.updates.progress.loss.fill_(loss)
 
     def _write_model(self, folder: Path) -> None:
         self.model.save_pretrained(folder)

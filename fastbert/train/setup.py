@@ -5,6 +5,7 @@ import hashlib
 import json
 import platform
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -17,7 +18,9 @@ from fastbert.errors import CheckpointError, ConfigError, MissingFileError
 from fastbert.optim import FusedLAMB, param_groups
 from fastbert.train import state
 from fastbert.train.config import PretrainConfig, TextOptions
+from fastbert.train.feed import Buckets, Feed
 from fastbert.train.journal import LOG, read_log
+from fastbert.train.step import TrainStep
 from fastbert.train.world import World
 
 CHECKPOINTS, MODEL, CORPUS, BOARD = "checkpoints", "model", "corpus", "tensorboard"
@@ -25,8 +28,8 @@ CHECKPOINTS, MODEL, CORPUS, BOARD = "checkpoints", "model", "corpus", "tensorboa
 # What a resumed run may be told anew: how it is written and watched, and where. That the data are the same is seen
 # from their checksums, that batch_size x accumulation x processes is, from the product.
 _FREE = {entry.name for entry in dataclasses.fields(TextOptions)} | set(
-    "data out resume overwrite device threads log_every validate_every validation_samples checkpoint_every keep_last "
-    "tensorboard batch_size accumulation".split()
+    "data out resume overwrite device threads compile cuda_graphs log_every validate_every validation_samples "
+    "checkpoint_every keep_last tensorboard batch_size accumulation".split()
 )
 
 
@@ -41,6 +44,12 @@ def check_folder(config: PretrainConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
+
+
+def check_device(config: PretrainConfig, world: World) -> None:
+    """The device can do what is asked of it."""
+    if config.cuda_graphs and world.device.type != "cuda":
+        raise ConfigError(f"cuda_graphs is set, but device {config.device!r} is {world.device}: it needs a GPU")
 
 
 def clear_folder(folder: Path) -> None:
@@ -71,6 +80,13 @@ def check_resumable(config: PretrainConfig, content: dict, global_batch: int, da
     for name, old, new in pairs:
         if old != new:
             raise ConfigError(f"{name} is {new!r}, but the run in {config.out} was begun with {old!r}; {advice}")
+
+
+def loss_scale_of(content: dict) -> dict | None:
+    """That of a checkpoint's state, or None; before 0.1 was out it was kept as torch.amp.GradScaler keeps it."""
+    if old := content.get("scaler"):
+        return {"scale": old["scale"], "good": old["_growth_tracker"]}
+    return content.get("loss_scale")
 
 
 def begun_config(folder: Path) -> dict:
@@ -127,13 +143,18 @@ def objective(config: PretrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> M
 
 
 def architecture(config: PretrainConfig, vocab_size: int | None = None, pad_id: int | None = None) -> EncoderConfig:
-    """The architecture that `config` asks for, with the vocabulary of the tokenizer (if it is known already)."""
+    """The architecture that `config` asks for, with the vocabulary of the tokenizer (if it is known already), or some
+    words more that nothing has for a label.
+    """
     if config.init is not None:
         if config.preset or config.model:
             raise ConfigError("init is set, and so is preset or model: the folder decides the architecture")
         result = EncoderConfig.from_json_file(checkpoint.config_file(config.init))
     else:
-        changes = {} if vocab_size is None else {"vocab_size": vocab_size, "pad_token_id": pad_id}
+        changes = {}
+        if vocab_size is not None:
+            multiple = 1 if config.preset else config.pad_vocab_to
+            changes = {"vocab_size": -(-vocab_size // multiple) * multiple, "pad_token_id": pad_id}
         changes |= config.model
         if config.preset is not None:
             result = EncoderConfig.from_preset(config.preset, **changes)
@@ -164,11 +185,34 @@ def optimizer(config: PretrainConfig, model: torch.nn.Module) -> torch.optim.Opt
     settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.optimizer == "lamb":
         return FusedLAMB(groups, max_grad_norm=config.clip or None, **settings)
-    return torch.optim.AdamW(groups, fused=True, **settings)
+    on_gpu = next(model.parameters()).is_cuda
+    return torch.optim.AdamW(groups, fused=True, capturable=on_gpu, **settings)
 
 
-def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
-    """What matrix products are computed in; None: fp32, without autocast."""
+def train_step(config: PretrainConfig, model: torch.nn.Module, rate: Callable[[int], float], world: World) -> TrainStep:
+    """The updates that `config` asks for."""
+    return TrainStep(
+        model,
+        optimizer(config, model),
+        rate,
+        world=world,
+        dtype=working_dtype(config.precision, world.device),
+        clip=config.clip,
+        compile=config.compile,
+        graphs=config.cuda_graphs,
+    )
+
+
+def feed(config: PretrainConfig, objective: MaskedLM, tokenizer: Tokenizer, world: World) -> Feed:
+    """The batches that `config` asks for: in few shapes where they are compiled or captured."""
+    buckets = None
+    if config.compile or config.cuda_graphs:
+        buckets = Buckets(config.batch_size, config.max_length, config.mask_prob, tokenizer.pad_id)
+    return Feed(objective, config.batch_size, config.accumulation, world, buckets)
+
+
+def working_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What the model runs in; None: in float32, as its weights are."""
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

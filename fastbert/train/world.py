@@ -1,14 +1,12 @@
 """The processes that train together, and the device of this one."""
 
-import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from fastbert.errors import ConfigError
 
@@ -38,9 +36,6 @@ class World:
             yield cls(resolved, dist.get_rank() if together else 0, dist.get_world_size() if together else 1)
         finally:
             if owner:
-                # While something holds the group, its threads live on, and end the process by SIGABRT if the
-                # interpreter ends before them. DistributedDataParallel is part of reference cycles.
-                gc.collect()
                 dist.destroy_process_group()
 
     @property
@@ -59,13 +54,16 @@ class World:
         """Returns once every process is here."""
         self.sum(0.0)
 
-    def parallel(self, model: nn.Module) -> nn.Module:
-        """The model, with its gradients averaged over the processes if there are several."""
-        if self.size == 1:
-            return model
-        return nn.parallel.DistributedDataParallel(
-            model, device_ids=[self.device.index] if self.device.type == "cuda" else None, gradient_as_bucket_view=True
-        )
+    def add(self, tensor: torch.Tensor) -> None:
+        """Puts the sum over all processes in place of a tensor on the device: one exchange, after all else."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def align(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Puts the first process's values into tensors on the device: other processors may have drawn others."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)
 
     def _reduce(self, values, operation) -> list[float]:
         if self.size == 1:
