@@ -27,6 +27,7 @@ from tqdm import tqdm
 from fastbert.errors import ConfigError, FastBertError
 
 from . import rows
+from .breakdown import Part, lines
 from .ceilings import DTYPES
 from .harness import OURS, Benchmark, Case, Runner, Settings, Spoilt
 from .profiles import profiles
@@ -44,11 +45,11 @@ OPS = (
     "shared_linear",
     "lamb",
 )
-MODELS = ("models", "latency", "train_step")
+MODELS = ("models", "latency", "train", "feed")
 COMMANDS = ("report", "static")
 SPOILT = 3
 # What sizes that are no whole numbers may be: (least, largest).
-RANGES = {"dropout": (0.0, 0.99), "fill": (0.5, 1.0), "labelled": (0.01, 1.0)}
+RANGES = {"dropout": (0.0, 0.99), "filled": (0, 1), "fill": (0.5, 1.0), "labelled": (0.01, 1.0)}
 
 
 def main(argv: Sequence[str], prog: str = "fastbert bench") -> int:
@@ -83,7 +84,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="show shapes and providers, measure nothing")
     parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: fp16 bf16, one shape in fp32; CPU: fp32")
-    parser.add_argument("--modes", nargs="+", choices=("fwd", "bwd", "fwd+bwd", "step", "call"), help="default: all")
+    parser.add_argument(
+        "--modes", nargs="+", choices=("fwd", "bwd", "fwd+bwd", "step", "call", "batch"), help="default: all"
+    )
     parser.add_argument("--providers", nargs="+", metavar="NAME", help="names or their beginnings; default: all")
     parser.add_argument("--shape", nargs="+", type=_size, metavar="SIZE=N", help="in place of the first shape's sizes")
     parser.add_argument("--tiny", action="store_true", help="one small shape: a rehearsal, for Triton's interpreter")
@@ -148,7 +151,7 @@ def _check_size(name: str, size: int | float | str, like: int | float | str) -> 
     least, largest = RANGES.get(name, (1, float("inf")))
     whole = isinstance(like, int)
     if isinstance(size, str) or (whole and not isinstance(size, int)) or not least <= size <= largest:
-        kind = "a whole number of at least 1" if whole else f"a number from {least:g} to {largest:g}"
+        kind = f"a whole number of at least {least}" if whole else f"a number from {least:g} to {largest:g}"
         raise ConfigError(f"--shape: got {name}={size}, expected {kind}")
 
 
@@ -279,7 +282,14 @@ class Table:
         line += "".join(f"{row[name]:11.1f}" for name in ("p20_us", "p50_us", "p80_us"))
         for name, width in (("tflops", 9), ("gb_per_s", 8), ("percent_of_floor", 9), ("peak_mib", 9)):
             line += f"{'-' if row[name] is None else format(row[name], '.1f'):>{width}}"
-        return f"{head}{line}{'-' if row['ratio'] is None else format(row['ratio'], '.2f'):>7}"
+        line += "-".rjust(7) if row["ratio"] is None else format(row["ratio"], "7.2f")
+        if "tokens_per_s" in row:
+            line += f"  {row['tokens_per_s']:,.0f} tokens/s"
+        if "mfu" in row:
+            line += f", MFU {row['mfu']:.1f} %"
+        if "breakdown" in row:
+            line += "\n" + lines(Part(**part) for part in row["breakdown"])
+        return head + line
 
     def fastest(self) -> str:
         """The fastest provider of every case and mode so far."""

@@ -129,6 +129,17 @@ class Benchmark(ABC):
         """Give back what one step of `op` leaves for the next, so that the memory it takes is all seen."""
         return
 
+    def held(self, op: Callable) -> int | None:
+        """Bytes that `op` keeps from step to step where others allocate them in each, to be counted with its memory;
+        None if what it takes cannot be told."""
+        return 0
+
+    def breakdown(
+        self, op: Callable, step: Step, case: Case, mode: str, ceilings: ceilings.Ceilings
+    ) -> list[tuple] | None:
+        """What a step is made of, as breakdown.Part, or None."""
+        return None
+
     @abstractmethod
     def work(self, case: Case, mode: str) -> Work:
         """What the mode cannot do without."""
@@ -252,8 +263,13 @@ class Runner:
                 if other.rivals(provider) and timers[other]["timer"] == timers[provider]["timer"]
             ]
             about = {"status": MEASURED, "checked": ready[provider][1], "comparable": provider.comparable}
-            about |= timers[provider] | {"rounds": self.settings.rounds, "peak_mib": prepared[provider][0].peak_mib}
-            yield rows[provider] | about | self._figures(benchmark, case, mode, found, rivals)
+            op, first = ready[provider][0], prepared[provider][0]
+            held = benchmark.held(op)
+            peak = None if None in (first.peak_mib, held) else first.peak_mib + held / 2**20
+            about |= timers[provider] | {"rounds": self.settings.rounds, "peak_mib": peak}
+            about |= self._figures(benchmark, case, mode, found, rivals)
+            parts = benchmark.breakdown(op, first.step, case, mode, self.ceilings)
+            yield rows[provider] | about | ({} if parts is None else {"breakdown": [part._asdict() for part in parts]})
 
     def _figures(self, benchmark: Benchmark, case: Case, mode: str, times: list[float], rivals: list[float]) -> dict:
         """The columns with numbers, to five digits."""

@@ -150,8 +150,8 @@ class ModelBenchmark(Benchmark):
         inputs = self.inputs(small, seed=1)
         wide = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
         truth = _found(Runnable(transformers_model(small, "eager").double().to(case.device), small), wide)
-        yardstick = _found(self._theirs("eager", small), inputs)
-        result = _found(provider.make(small), provider.arrange(inputs))
+        yardstick = _found(self.yardstick(small), inputs)
+        result = self.found(provider.make(small), provider.arrange(inputs))
         dtype = DTYPES[case.dtype]
         rows = []
         for name in result:
@@ -163,6 +163,14 @@ class ModelBenchmark(Benchmark):
             raise Mismatch("; ".join(map(str, rows)))
         largest = max(row.error / row.bound for row in rows)
         return f"{', '.join(row.name for row in rows)}: at most {largest:.2f} of the bound at {small}"
+
+    def yardstick(self, case: Case) -> Runnable:
+        """Whose error in the dtype of the case is the measure."""
+        return self._theirs("eager", case)
+
+    def found(self, op: Runnable, inputs: dict) -> dict[str, Tensor]:
+        """What is compared of a provider."""
+        return _found(op, inputs)
 
     def step(self, op: Runnable, inputs: dict, mode: str) -> Step:
         if mode == "fwd":

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
-from fastbert.errors import BackendError, ConfigError, DataError, MissingFileError
+from fastbert.errors import ConfigError, DataError, MissingFileError
 
 from . import cli, plots, rows
 from .harness import OURS, Case
@@ -41,7 +41,6 @@ MARKER, END = re.compile(r"<!-- report: (.*) -->"), "<!-- end -->"
 CLAIM = ("commit", "date", "torch")  # what every row needs
 FIGURES = "run shape dtype checked comparable timer p20_us p50_us p80_us floor_us floor_by percent_of_floor".split()
 NOT_YET = "not yet measured"
-NO_KERNEL = ("kernel for it yet", "has no such backend")  # how an op ends what it says of a backend nobody has written
 
 
 @dataclass(frozen=True)
@@ -256,7 +255,6 @@ def status(results: Results) -> str:
         dtypes = list(dict.fromkeys([*used[True], *used[False]]))
         for provider in benchmark.providers(Case(_first_shape(name, cuda=True), dtypes[0])):
             found = [row for row in results.rows if (row["op"], row["provider"]) == (benchmark.op, provider.name)]
-            unwritten = provider.ours and name in cli.OPS and _is_unwritten(name, provider.name)
             same = defaultdict(list)
             for dtype in dtypes if provider.ours else ():
                 cells = []
@@ -264,9 +262,7 @@ def status(results: Results) -> str:
                 for device, gpu in devices.items():
                     ran = [row for row in found if (row["device"], row.get("dtype")) == (device, dtype)]
                     said = _standing(ran, benchmark.modes, _first_shape(name, gpu))
-                    if said == NOT_YET and unwritten:
-                        said = "no kernel yet"
-                    elif said == NOT_YET and not gpu and provider.name == f"{OURS}-triton":
+                    if said == NOT_YET and not gpu and (provider.gpu or provider.name == f"{OURS}-triton"):
                         said = "needs a GPU"
                     elif said == NOT_YET and (dtype not in used[gpu] or provider.name not in serves):
                         said = "-"
@@ -296,20 +292,6 @@ def _standing(found: Sequence[dict], modes: Sequence[str], first_shape: dict) ->
     missing = set(modes) - {row["mode"] for row in first}
     what = f"measured but for {', '.join(sorted(missing))}" if missing else "measured"
     return f"{what} {first[0]['date']}, {first[0]['commit']}"
-
-
-@cache
-def _is_unwritten(name: str, provider: str) -> bool:
-    """Whether the op itself says that nobody has written this backend yet."""
-    benchmark = cli.load(name)
-    case = Case(_first_shape(name, cuda=False) | benchmark.tiny, "fp32")
-    chosen = [each for each in benchmark.providers(case) if each.name == provider]  # none if it is not for this dtype
-    try:
-        for each in chosen:
-            each.make(case)(**benchmark.inputs(case, seed=0))
-    except BackendError as error:
-        return str(error).endswith(NO_KERNEL)
-    return False
 
 
 def tests(results: Results) -> str:

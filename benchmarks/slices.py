@@ -42,17 +42,17 @@ MEASURING = {
     "lamb": ["lamb"],
     "shared": [
         "shared_linear",
-        "train_step --shape family=albert",
-        "train_step --shape family=bert",
+        "train --shape family=albert",
+        "train --shape family=bert",
         "models --shape family=albert part=encoder",
         "models --shape family=bert part=encoder",
     ],
     "layer": ["dropout_add_layer_norm", "bias_gelu", "linear_cross_entropy", "embedding_layer_norm"],
-    "train": ["train_step", "models"],
+    "train": ["train", "feed", "models"],
     "latency": ["latency", "encoder_layers"],
     "sweep": [
         *(f"{op}_attention --sweep --cases :2" for op in ("rotary", "relative")),
-        "bias_gelu --sweep",
+        *(f"{op} --sweep" for op in ("bias_gelu", "dropout_add_layer_norm", "linear_cross_entropy")),
         "encoder_layers --sweep --cases :4 --dtypes fp16",
     ],
 }

@@ -384,7 +384,7 @@ def test_the_separate_rotation_is_the_reference():
 # Every benchmark, once.
 
 
-@pytest.mark.parametrize("name", [*cli.OPS, *cli.MODELS])
+@pytest.mark.parametrize("name", [name for name in (*cli.OPS, *cli.MODELS) if name != "feed"])
 def test_every_benchmark_measures_ours_and_theirs(name, quick_ceilings, tmp_path, capsys):
     """All providers that need neither a compiler nor a GPU, on the tiny shape, with dropout and padding where the op
     has them."""
@@ -466,6 +466,9 @@ def test_a_model_with_other_weights_is_wrong(quick_ceilings):
         (["lamb", "--device", "tpu"], "--device: got 'tpu', expected cpu or cuda"),
         (["lamb", "--sweep"], "--sweep: lamb has no launch configurations to choose from"),
         (["models", "--shape", "family=gpt"], "family: got 'gpt', expected one of bert, roberta"),
+        (["train", "--shape", "optimizer=sgd"], "optimizer: got 'sgd', expected adamw or lamb"),
+        (["train", "--shape", "part=encoder"], "part: got 'encoder', expected masked_lm"),
+        (["feed", "--shape", "filled=2"], "--shape: got filled=2, expected a whole number of at least 0"),
         (["latency", "--shape", "part=head"], "part: got 'head', expected masked_lm or encoder"),
         (["lamb", "--shape", "preset=bert-hug"], "bert-hug"),
         (["attention", "--shape", "B=1.5"], "--shape: got B=1.5, expected a whole number of at least 1"),

@@ -57,6 +57,8 @@ def test_make_gpu_installs_offline_and_rehearses_two_measuring_slices(machine, t
     layer_ops = [words.split()[0] for words in slices.MEASURING["layer"]]
     assert measured >= {
         ("bias_gelu", "fastbert-triton"),
+        ("dropout_add_layer_norm", "fastbert-triton"),
+        ("embedding_layer_norm", "fastbert-triton"),
         ("lamb", "fastbert-cuda"),
         *((op, "eager") for op in layer_ops),
     }
@@ -96,7 +98,10 @@ def test_every_test_that_knows_of_gpus_is_marked():
 
 def test_kernels_of_our_own_are_tested_first():
     kernels = slices.test_files("kernel")
-    names = "bias_gelu", "encoder_layers", "extension", "fused_attention", "fused_relative_attention", "lamb"
+    names = (
+        *("bias_gelu", "dropout_add_layer_norm", "embedding_layer_norm", "encoder_layers", "extension"),
+        *("fused_attention", "fused_relative_attention", "lamb", "linear_cross_entropy", "rows"),
+    )
     assert kernels == [f"tests/test_{name}.py" for name in names]
     assert slices.test_files("gpu")[: len(names)] == kernels
 
