@@ -177,14 +177,12 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, rows: Tensor | None = None, weights: Weights = MODULES, **sequences) -> Tensor:
         attention, norm = self.attention, self.attention_norm
-        if _is_own_attention(attention):
-            o, x = attention.context(x, weights, **sequences)
-            o, x = (o, x) if rows is None else (o.index_select(0, rows), x.index_select(0, rows))
-            y = self._add_norm(*weights.product(o, attention.output), x, norm, weights)
-        else:
-            o = attention(x, **sequences)
-            o, x = (o, x) if rows is None else (o.index_select(0, rows), x.index_select(0, rows))
-            y = self._add_norm(o, None, x, norm, weights)
+        own = _is_own_attention(attention)
+        o, x = attention.context(x, weights, **sequences) if own else (attention(x, **sequences), x)
+        if rows is not None:
+            o, x = o.index_select(0, rows), x.index_select(0, rows)
+        o, bias = weights.product(o, attention.output) if own else (o, None)
+        y = self._add_norm(o, bias, x, norm, weights)
         h, y = weights.activated(y, self.intermediate, self.hidden_act)
         return self._add_norm(*weights.product(h, self.output), y, self.output_norm, weights)
 

@@ -408,7 +408,8 @@ class MaskedLMModel(PretrainedModel):
             max_seqlen=max_seqlen,
             output_hidden_states=output_hidden_states,
             return_rows=True,
-            **({"labels": labels, "label_positions": label_positions} if lean else {}),
+            labels=labels if lean else None,
+            label_positions=label_positions,
         )
         word, loss = self.model.embeddings.word.weight, None
         if lean:
