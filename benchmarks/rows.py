@@ -19,6 +19,10 @@ Columns, in this order:
                           saved), of a model beyond parameters and optimizer state; null on a CPU
     ratio                 median of the fastest rival / own median: above 1 is faster. A rival is comparable, was timed
                           the same way and, for fastbert's providers, is not fastbert's
+    tokens_per_s          of models: real tokens, without padding
+    mfu                   of train, in 16 bits on a GPU whose data sheet train.py knows: model FLOP utilisation in per
+                          cent; its formula is in train.py
+    breakdown             of train, fastbert's: name, us, calls and floor_us of each part of a step (breakdown.py)
     ceilings              what moving memory, matrix products and exp2 reached on the device at the start of the run
     run                   the same for all that took turns with each other
     device, driver, threads, python, torch, triton, cuda, transformers, commit, date

@@ -170,7 +170,7 @@ def parts(case: Case) -> dict[str, Work]:
     once = layers * tokens * width * size  # one tensor of each layer, read or written
     weights = parameters(case)
     narrow = size == 2  # a working copy is written from the weights, and its gradients take the place of the last ones
-    optimizer = (4 * 2 + 3 * 8) * weights if case["optimizer"] == "lamb" else (4 + 8 + 3 * 8) * weights
+    optimizer = (2 * 4 + 3 * 8) * weights  # gradients read for their norm, and again; weights and moments changed
     return {
         "matrix products": Work(flops=3 * products),
         # q, k, v, o forward; with do, dq, dk, dv besides backward, whose products are five to the forward's two
