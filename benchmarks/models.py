@@ -2,9 +2,9 @@
 
 Shapes: a `family`, a `part` (masked_lm: labels on 15 % of the tokens; encoder: no head), B sequences of at most L
 tokens, of which `fill` is the mean share (spread evenly between L and (2 fill - 1) L), and the sizes of the model.
-`fastbert` returns the logits of all tokens, as transformers does. `fastbert-labelled` is what `fastbert pretrain` runs:
-the vocabulary is computed for labelled tokens only, which is less, so its time is nobody's rival. In 16 bits both train
-under autocast, parameters in float32.
+`fastbert` returns the logits of all tokens, as transformers does. `fastbert-labelled` computes what `fastbert pretrain`
+does: the vocabulary and the last layer for labelled tokens only, which is less, so its time is nobody's rival. In 16
+bits both train under autocast, parameters in float32; the step of `fastbert pretrain` itself: train.py.
 
 Before anything is timed, outputs, the loss of the head, the gradient of the word table and the norm of all gradients
 are held to transformers' eager model in float64: their error may be twice that of the same model in the dtype that is
