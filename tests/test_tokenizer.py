@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbert.data import Tokenizer
-from fastbert.data.text import CJK, segmenter
-from fastbert.data.text import Row as TextRow
+from fastbert.data.text import CJK
 from fastbert.errors import ConfigError, DataError, MissingFileError
 
 TEXT = """\
@@ -142,8 +141,7 @@ def test_words_encode_as_the_pretokenized_input_of_tokenizers(tokenizer, words):
 @given(text=st.text(st.sampled_from(ALPHABET) | st.characters(codec="utf-8", exclude_characters="\n"), max_size=30))
 def test_runs_encode_as_the_whole_text(char, text):
     """words="none" cuts a row into runs first; the ids must not notice. A word begins at every piece but ## ones."""
-    runs = segmenter("none")(TextRow(0, None, 1, text))
-    encoded = char.encode_rows([runs], whole=False)
+    encoded = char.encode_rows([char.cut(text)], whole=False)
     assert list(encoded.ids) == char.encode(text, add_special_tokens=False)
     assert list(encoded.word_start) == [not token.startswith("##") for token in texts(char, encoded.ids)]
 
@@ -168,7 +166,7 @@ def test_names_of_special_tokens_in_a_corpus_are_text(char):
 
 
 def test_the_table_of_known_words_is_bounded(char, monkeypatch):
-    monkeypatch.setattr("fastbert.data.tokenizer._MAX_UNITS", 3)
+    monkeypatch.setattr("fastbert.data.pieces.MAX_UNITS", 3)
     fresh = pickle.loads(pickle.dumps(char))
     rows = [["中国"], ["人民", "hello"], ["银行", "北京"], ["中国", "说"]]
     for row in rows:
@@ -324,7 +322,11 @@ def test_missing_folders_and_files_are_named(tmp_path):
         ),
         ("tokenizer.json", b"{", "not valid JSON"),
         ("tokenizer.json", b"[]", "expected an object"),
-        ("tokenizer.json", b'{"model": {"type": "BPE"}}', "the model is 'BPE', expected 'WordPiece'"),
+        (
+            "tokenizer.json",
+            b'{"model": {"type": "WordLevel"}}',
+            "the model is 'WordLevel', expected one of 'WordPiece'",
+        ),
         ("tokenizer_config.json", b'{"mask_token": 3}', "mask_token is 3"),
         (
             "tokenizer_config.json",
