@@ -67,7 +67,15 @@ def test_an_empty_corpus_is_an_error(tokenizer, tmp_path, content):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ({"words": "jieba"}, "words is 'jieba', expected one of 'none', 'segmented', 'rjieba'"),
+        ({"words": "hanlp"}, "words is 'hanlp', expected one of 'none', 'segmented', 'rjieba'"),
+        ({"words": 3}, "words is 3, expected one of .*'package.module:function' or a function"),
+        ({"words": "no.such_module:cut"}, "words is 'no.such_module:cut', which cannot be imported: No module"),
+        ({"words": "json:cut"}, "words is 'json:cut', which cannot be imported"),
+        ({"words": "json:__name__"}, "words is 'json:__name__', a str, expected a function"),
+        ({"words": "ltp"}, "segmenter_model is None, expected the folder of an LTP model"),
+        ({"words": "rjieba", "segmenter_model": "x"}, "segmenter_model is 'x', expected None with words='rjieba'"),
+        ({"processes": 0}, "processes is 0, expected None or an integer of at least 1"),
+        ({"unit_bytes": 0}, "unit_bytes is 0, expected an integer of at least 1"),
         ({"errors": "ignore"}, "errors is 'ignore'"),
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
         ({"shard_tokens": 0}, "shard_tokens is 0"),
@@ -86,8 +94,7 @@ def test_an_empty_corpus_is_an_error(tokenizer, tmp_path, content):
 def test_bad_arguments_are_named_before_the_text_is_read(
     text_file, tokenizer, tmp_path, monkeypatch, argument, message
 ):
-    if "errors" not in argument:
-        monkeypatch.setattr("fastbert.data.preparation.scan", None)
+    monkeypatch.setattr("fastbert.data.preparation.cut_units", None)
     with pytest.raises(ConfigError, match=message):
         prepare(**{"files": text_file, "tokenizer": tokenizer, "out": tmp_path / "out"} | argument)
 

@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 
-from fastbert.data.text import Row, as_paths, read_rows, segmenter
+from fastbert.data.segmenters import untag
+from fastbert.data.text import Row, as_paths, read_rows
 from fastbert.errors import MissingDependencyError, MissingFileError
 
 # Letters, digits and the signs of numbers, which the newspaper set in full width and everyone else types in half width.
@@ -56,9 +57,9 @@ def demo_corpus(out: str | PathLike, tagged: str | PathLike | None = None) -> Pa
 
 def _articles(rows: Iterable[Row]) -> Iterator[tuple[bool, list[str]]]:
     """Per row: whether it begins an article, and its words."""
-    untag, article, ended = segmenter("segmented", "/"), "", True
+    article, ended = "", True
     for row in rows:
-        words = [word.removeprefix("[") or word for word in untag(row)]
+        words = [word.removeprefix("[") or word for word in untag(row, "/")]
         if number := _ARTICLE.match(words[0]):
             begins, article = number[0] != article, number[0]
             words = words[1:]

@@ -1,12 +1,14 @@
 """Token shards on disk: Arrow IPC files behind a checksummed manifest, memory-mapped and zero-copy into numpy.
 
-A corpus folder holds <split>-00000.arrow, ... for the splits "train" and "validation", manifest.json and tokenizer/ (a
-copy of the tokenizer). One row of a shard is one row of text: document int64, input_ids list<uint16|int32>, word_start
-list<uint8>. pyarrow, datasets, polars and DuckDB open them as they are.
+A corpus folder holds <split>-00000.arrow, ... for the splits "train" and "validation", manifest.json, tokenizer/ (a
+copy of the tokenizer) and, if matplotlib is installed, lengths.png (how long rows and documents are). One row of a
+shard is one row of text: document int64, input_ids list<uint16|int32>, word_start list<uint8>. pyarrow, datasets,
+polars and DuckDB open them as they are.
 """
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -19,7 +21,7 @@ from fastbert.data.tokenizer import Tokenizer
 from fastbert.errors import DataError, MissingFileError
 
 FORMAT, VERSION = "fastbert corpus", 1
-MANIFEST = "manifest.json"
+MANIFEST, PICTURE = "manifest.json", "lengths.png"
 _CHUNK = 1 << 22
 
 
@@ -72,10 +74,10 @@ class ShardWriter:
             pa.ListArray.from_arrays(offsets, pa.array(word_start, pa.uint8())),
         ]
         batch = pa.record_batch(columns, schema=_schema(self._ids_type))
-        path = self._folder / f"{self._split}-{len(self._shards):05d}.arrow"
+        path = self._folder / shard_name(self._split, len(self._shards))
         with pa.ipc.new_file(path, batch.schema) as writer:
             writer.write_batch(batch)
-        self._shards.append(ShardInfo(path.name, len(lengths), len(ids), path.stat().st_size, _sha256(path)))
+        self._shards.append(ShardInfo(path.name, len(lengths), len(ids), path.stat().st_size, sha256_of(path)))
         self._parts, self._held = [], 0
 
     def table(self) -> list[dict]:
@@ -123,7 +125,7 @@ class Corpus:
         for info in infos:
             _check_size(folder / info.file, info)
         for info in tqdm(infos, desc=f"verifying {split}", unit="shard", delay=2, disable=not (verify and progress)):
-            if verify and _sha256(folder / info.file) != info.sha256:
+            if verify and sha256_of(folder / info.file) != info.sha256:
                 raise DataError(
                     f"{folder / info.file} is damaged: its sha256 is not {info.sha256}, which the manifest states"
                 )
@@ -164,6 +166,10 @@ def unigram_entropy(corpus: Corpus) -> float:
     return float(-(share * np.log(share)).sum())
 
 
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:05d}.arrow"
+
+
 def read_manifest(folder: Path) -> dict:
     """The manifest of a corpus folder, with the fields that opening relies on checked."""
     path = folder / MANIFEST
@@ -185,8 +191,14 @@ def read_manifest(folder: Path) -> dict:
 
 
 def write_manifest(folder: Path, content: dict) -> None:
+    """Write the manifest, synced to disk, whole or not at all."""
     content = {"format": FORMAT, "version": VERSION, **content}
-    (folder / MANIFEST).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    temporary = folder / f".{MANIFEST}"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(folder / MANIFEST)
 
 
 def _reopen(folder: Path, split: str) -> Corpus:
@@ -260,7 +272,8 @@ def _schema(ids_type: pa.DataType) -> pa.Schema:
     return pa.schema({"document": pa.int64(), "input_ids": pa.list_(ids_type), "word_start": pa.list_(pa.uint8())})
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
