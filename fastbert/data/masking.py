@@ -1,120 +1,217 @@
 """Which pieces a model must guess, and what it sees in their place.
 
-Dynamic masking as a pure function of (seed, epoch, sample index): every random number is a hash of these, the purpose
-and the position, so that a sample looks the same in whatever batch, process or order it is drawn. All of it is numpy
-on a whole packed batch. Positions here count pieces of text alone: [CLS], [SEP] and padding are never candidates.
+Dynamic masking as a pure function of (seed, epoch, sample index), see fastbert.data.draws; numpy on a whole packed
+batch. Positions here count the pieces that can be chosen: those of text, and [CLS] and [SEP] only where asked.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from fastbert.data.arrays import expand, first_of
+from fastbert.data.checks import check
+from fastbert.data.draws import ACTION, CHOICE, COUNT, ORDER, REPLACEMENT, below, draw, shuffled, stream, unit
+from fastbert.data.spans import Chosen, select_spans, word_runs
+from fastbert.errors import ConfigError
 
-MOST_SAMPLES = 1 << 16  # in one batch; a sample holds fewer than 2^16 pieces
-_GOLDEN = 0x9E3779B97F4A7C15
-_FULL = (1 << 64) - 1
-_ORDER, _ACTION, _REPLACEMENT, _SHUFFLE = range(4)  # what random numbers are drawn for; new purposes go at the end
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014) on a uint64 array, in place."""
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x
+COUNTS = ("rounded", "stochastic", "bernoulli")
 
 
-def sample_keys(seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
-    """One uint64 key for each sample index, from which all its random numbers follow."""
-    head = np.array([int(seed) & _FULL], np.uint64)
-    head = mix(mix(head) + np.uint64(int(epoch) * _GOLDEN & _FULL))
-    return mix(head + samples.astype(np.uint64) * np.uint64(_GOLDEN))
+class Strategy(NamedTuple):
+    """What is chosen as one, and what one action is drawn for: every "piece", "word" or "span". weights: of spans of
+    1, 2, ... words; None: single pieces."""
+
+    weights: tuple[float, ...] | None
+    action: str
+    masks: bool = True
 
 
-def stream(keys: np.ndarray, purpose: int) -> np.ndarray:
-    """The key of each sample for one purpose (uint64)."""
-    return mix(keys + np.uint64((purpose + 1) * _GOLDEN & _FULL))
+STRATEGIES = {
+    "token": Strategy(None, "piece"),
+    "whole_word": Strategy((1.0,), "piece"),
+    "ngram": Strategy((1.0, 1 / 2, 1 / 3), "piece"),
+    "macbert": Strategy((0.4, 0.3, 0.2, 0.1), "word", masks=False),
+    "span": Strategy(tuple(0.2 * 0.8**n for n in range(10)), "span"),
+}
 
 
-def draw(streams: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """A uniform uint64 for each pair of a stream and a position: the output of splitmix64, seeded with the stream, at
-    that position."""
-    return mix(streams + positions.astype(np.uint64) * np.uint64(_GOLDEN))
+class WordReplacer(Protocol):
+    """What replaces words in MacBERT's masking: see fastbert.data.similar_pieces."""
+
+    def replacements(self, ids, first, size, draw) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def random_words(self, size, draw) -> np.ndarray: ...
 
 
-def shuffled(keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Item numbers 0 .. sum(counts)-1, sample by sample, those of each sample in its own random order (int64).
+class Vocabulary(NamedTuple):
+    """What is shown in place of a chosen piece: mask_id; ids that are not special (int64), of which a random one is
+    drawn; similar words, for "macbert"."""
 
-    One sort of a packed word serves the whole batch: sample number (16 bits), random number (32), item within the
-    sample (16).
+    mask_id: int
+    ordinary: np.ndarray
+    similar: WordReplacer | None = None
+
+
+@dataclass(frozen=True)
+class Masking:
+    """A way to choose pieces and to replace them.
+
+    strategy: what is chosen as one.
+      "token": single pieces.
+      "whole_word": words, as Google's whole-word masking takes them (BERT-wwm, arXiv 1906.08101).
+      "ngram": spans of 1 to 3 words with weights 1/n (ALBERT, 1909.11942).
+      "macbert": spans of 1 to 4 words with weights 0.4, 0.3, 0.2, 0.1; each word is replaced by a similar word (or
+        a random one, or stays), never by [MASK] (MacBERT, 2004.13922).
+      "span": spans of 1 to 10 words with weights 0.2 x 0.8^(n-1), replaced as one (SpanBERT, 1907.10529).
+    prob: share of the pieces of a sample that is chosen, in whole words as far as they fit.
+    count: "rounded": of n pieces max(1, round(prob n)) (BERT); "stochastic": floor(prob n + u), u uniform in [0, 1)
+      (RoBERTa); "bernoulli": each piece or word for itself with probability prob (WoBERT), for "token" and
+      "whole_word".
+    actions: shares of what is replaced by [MASK] ("macbert": by a similar word), replaced by a random piece (a random
+      word), and left as it is.
+    weights: those of spans of 1, 2, ... words in place of the strategy's own.
+    most: largest number of pieces that are chosen in a sample.
+    special: [CLS] and [SEP] can be chosen too, and count as pieces (RoBERTa, WoBERT).
+
+    ConfigError for what makes no sense.
     """
-    first = np.repeat(first_of(counts), counts)
-    item = np.arange(len(first), dtype=np.int64) - first
-    order = draw(np.repeat(stream(keys, _ORDER), counts), item)
-    order >>= np.uint64(16)
-    order &= np.uint64(0x0000_FFFF_FFFF_0000)
-    order |= np.repeat(np.arange(len(counts), dtype=np.uint64) << np.uint64(48), counts)
-    order |= item.astype(np.uint64)
-    order.sort()
-    order &= np.uint64(0xFFFF)
-    return order.astype(np.int64) + first
+
+    strategy: str = "whole_word"
+    prob: float = 0.15
+    count: str = "rounded"
+    actions: Sequence[float] = (0.8, 0.1, 0.1)
+    weights: Sequence[float] | None = None
+    most: int | None = None
+    special: bool = False
+
+    def __post_init__(self):
+        if self.strategy not in tuple(STRATEGIES):
+            raise ConfigError(f"masking is {self.strategy!r}, expected one of {', '.join(map(repr, STRATEGIES))}")
+        check("mask_prob", self.prob, Real, "a number above 0 and at most 1", lambda prob: 0 < prob <= 1)
+        if self.count not in COUNTS:
+            raise ConfigError(f"mask_count is {self.count!r}, expected one of {', '.join(map(repr, COUNTS))}")
+        actions = _checked_shares("mask_actions", self.actions, "3 shares that sum to 1", lambda x: len(x) == 3)
+        object.__setattr__(self, "actions", actions)
+        if not math.isclose(sum(self.actions), 1, abs_tol=1e-6):
+            raise ConfigError(f"mask_actions is {self.actions!r}, expected 3 shares that sum to 1")
+        if self.weights is not None:
+            if self.strategy in ("token", "whole_word"):
+                raise ConfigError(
+                    f"span_weights is {self.weights!r} with masking {self.strategy!r}, expected None: it has no spans"
+                )
+            expected = "1 to 64 weights"
+            weights = _checked_shares("span_weights", self.weights, expected, lambda x: 0 < len(x) <= 64 and sum(x) > 0)
+            object.__setattr__(self, "weights", weights)
+        if self.most is not None:
+            check("max_predictions", self.most, Integral, "an integer of at least 1", lambda most: most >= 1)
+        if self.count == "bernoulli" and (self.most is not None or self.strategy not in ("token", "whole_word")):
+            raise ConfigError(
+                f"mask_count is 'bernoulli' with masking {self.strategy!r} and max_predictions {self.most}, expected "
+                "'token' or 'whole_word' and None: there is no budget that could be kept"
+            )
+
+    def choose(self, keys: np.ndarray, lengths: np.ndarray, word_start: np.ndarray) -> Chosen:
+        """What is chosen of samples of `lengths` pieces (int64 [B]) with keys uint64 [B]; word_start uint8 [sum of
+        lengths], 1 where a word begins. Positions count through the whole batch."""
+        weights = STRATEGIES[self.strategy].weights
+        if self.count == "bernoulli":
+            return _select_each(keys, lengths, self.prob, None if weights is None else word_start)
+        budget = self._budgets(keys, lengths)
+        if weights is None:
+            return _select_pieces(keys, lengths, budget)
+        return select_spans(keys, lengths, budget, word_start, self.weights or weights)
+
+    def _budgets(self, keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """How many pieces of each sample to choose. Google's code counts [CLS] and [SEP] in the length; here they are
+        left out unless they can be chosen, so that the share of chosen pieces is `prob`."""
+        if self.count == "stochastic":
+            budget = np.floor(self.prob * lengths + unit(stream(keys, COUNT)))
+        else:
+            budget = np.maximum(1, np.rint(self.prob * lengths))
+        return (budget if self.most is None else np.minimum(budget, self.most)).astype(np.int64)
+
+    def show(
+        self, keys: np.ndarray, positions: np.ndarray, chosen: Chosen, ids: np.ndarray, vocabulary: Vocabulary
+    ) -> np.ndarray:
+        """What the model sees in place of chosen pieces (int64). keys uint64 [W] and positions int64 [W] (of its first
+        piece, within its sample) of each chosen word; ids int64: its pieces, word after word."""
+        size, strategy = chosen.size, STRATEGIES[self.strategy]
+        inner = np.arange(len(ids)) - np.repeat(first_of(size), size)
+        piece_keys, piece_positions = np.repeat(keys, size), np.repeat(positions, size) + inner
+        if strategy.action == "piece":
+            action = draw(stream(piece_keys, ACTION), piece_positions)
+        else:
+            if strategy.action == "span":
+                heads = np.flatnonzero(np.diff(chosen.span, prepend=-1))
+                positions = np.repeat(positions[heads], np.diff(heads, append=len(positions)))
+            action = draw(stream(keys, ACTION), positions)
+            if strategy.masks:
+                action = np.repeat(action, size)
+        replaced = action < _share(self.actions[0] + self.actions[1])
+        random = replaced & (action >= _share(self.actions[0]))
+        if not strategy.masks:
+            return _show_words(keys, positions, size, ids, replaced & ~random, random, vocabulary.similar)
+        shown = np.where(replaced, vocabulary.mask_id, ids)
+        random = np.flatnonzero(random)
+        lot = draw(stream(piece_keys[random], REPLACEMENT), piece_positions[random])
+        shown[random] = vocabulary.ordinary[below(lot, len(vocabulary.ordinary))]
+        return shown
 
 
-def select_tokens(keys: np.ndarray, lengths: np.ndarray, budget: np.ndarray, word_start: np.ndarray) -> np.ndarray:
-    """Exactly `budget` pieces of each sample, without replacement."""
-    return shuffled(keys, lengths)[expand(first_of(lengths), budget)]
-
-
-def select_whole_words(keys: np.ndarray, lengths: np.ndarray, budget: np.ndarray, word_start: np.ndarray) -> np.ndarray:
-    """Whole words of each sample, in random order, as Google's whole-word masking takes them: a word that would exceed
-    the budget is passed over and later, shorter ones are tried, until the budget is used up or no word fits."""
-    begins = word_start.astype(bool)
-    begins[first_of(lengths)] = True  # what a sample cut leaves of a word is a word
-    begin = np.flatnonzero(begins)
-    size = np.diff(begin, append=len(begins))
-    words = np.add.reduceat(begins, first_of(lengths), dtype=np.int64)
-    order = shuffled(keys, words)
-    sample = np.repeat(np.arange(len(words)), words)
-    left, chosen = budget.copy(), []
-    while len(order):
-        # Of the words that fit, take those before the first that no longer does; go on after it with what still fits.
-        fits = size[order] <= left[sample]
-        order, sample = order[fits], sample[fits]
-        used = np.cumsum(size[order])
-        head = np.flatnonzero(np.diff(sample, prepend=-1))
-        used -= np.repeat((used - size[order])[head], np.diff(head, append=len(sample)))
-        taken = used <= left[sample]
-        chosen.append(order[taken])
-        left -= np.bincount(sample[taken], size[order[taken]], len(left)).astype(np.int64)
-        order, sample = order[~taken], sample[~taken]
-    chosen = np.concatenate(chosen)
-    return expand(begin[chosen], size[chosen])
-
-
-SELECT: dict[str, Callable] = {"token": select_tokens, "whole_word": select_whole_words}
-
-
-def budgets(lengths: np.ndarray, mask_prob: float) -> np.ndarray:
-    """How many pieces of each sample to choose: max(1, round(mask_prob * length)). Google's code counts [CLS] and
-    [SEP] in the length; here they are left out, so that the share of chosen pieces is mask_prob."""
-    return np.maximum(1, np.rint(mask_prob * lengths)).astype(np.int64)
-
-
-def corrupt(keys: np.ndarray, positions: np.ndarray, ids: np.ndarray, mask_id: int, ordinary: np.ndarray) -> np.ndarray:
-    """What the model sees at chosen pieces, each drawn for itself: [MASK] with probability 0.8, an id uniform over
-    `ordinary` (all that are not special) with 0.1, the piece itself with 0.1. keys, positions (within the sample) and
-    ids: one of each per chosen piece."""
-    action = draw(stream(keys, _ACTION), positions)
-    shown = np.where(action < np.uint64(_FULL * 9 // 10), mask_id, ids)
-    random = np.flatnonzero((action >= np.uint64(_FULL * 8 // 10)) & (action < np.uint64(_FULL * 9 // 10)))
-    lot = draw(stream(keys[random], _REPLACEMENT), positions[random]) >> np.uint64(32)
-    shown[random] = ordinary[(lot * np.uint64(len(ordinary))) >> np.uint64(32)]
+def _show_words(
+    keys: np.ndarray,
+    positions: np.ndarray,
+    size: np.ndarray,
+    ids: np.ndarray,
+    similar: np.ndarray,
+    random: np.ndarray,
+    table: WordReplacer,
+) -> np.ndarray:
+    """MacBERT's words: similar ones where asked for and there is one, else random ones of as many pieces."""
+    first, shown = first_of(size), ids.copy()
+    words = np.flatnonzero(similar)
+    found, pieces = table.replacements(
+        ids, first[words], size[words], draw(stream(keys[words], CHOICE), positions[words])
+    )
+    shown[expand(first[words], size[words])] = pieces
+    random = random.copy()
+    random[words[~found]] = True
+    words = np.flatnonzero(random)
+    pieces = table.random_words(size[words], draw(stream(keys[words], REPLACEMENT), positions[words]))
+    shown[expand(first[words], size[words])] = pieces
     return shown
 
 
-def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of sample indices 0 .. count-1 in an epoch (int64), a pure function of its arguments."""
-    return np.argsort(stream(sample_keys(seed, epoch, np.arange(count)), _SHUFFLE), kind="stable")
+def _select_pieces(keys: np.ndarray, lengths: np.ndarray, budget: np.ndarray) -> Chosen:
+    """Exactly `budget` pieces of each sample, without replacement."""
+    first = shuffled(keys, lengths)[expand(first_of(lengths), budget)]
+    return Chosen(first, np.ones_like(first), np.arange(len(first)))
+
+
+def _select_each(keys: np.ndarray, lengths: np.ndarray, prob: float, word_start: np.ndarray | None) -> Chosen:
+    """Every word, or piece if word_start is None, for itself with probability `prob`."""
+    begin, size, words = word_runs(lengths, word_start)
+    item = np.arange(len(begin)) - np.repeat(first_of(words), words)
+    taken = unit(draw(np.repeat(stream(keys, ORDER), words), item)) < prob
+    first, size = begin[taken], size[taken]
+    return Chosen(first, size, np.arange(len(first)))
+
+
+def _share(share: float) -> np.uint64:
+    return np.uint64(min(int(share * 2.0**64), (1 << 64) - 1))
+
+
+def _checked_shares(
+    name: str, values: Sequence[float], expected: str, fits: Callable[[tuple], bool]
+) -> tuple[float, ...]:
+    try:
+        shares = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        shares = ()
+    if not fits(shares) or not all(math.isfinite(share) and share >= 0 for share in shares):
+        raise ConfigError(f"{name} is {values!r}, expected {expected}, each at least 0")
+    return shares
