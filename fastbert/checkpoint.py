@@ -17,6 +17,8 @@ from fastbert.errors import CheckpointError, ConfigError, DtypeError, MissingFil
 
 CONFIG, WEIGHTS, INDEX, LEGACY = "config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 
+# What a folder may lack: a model that was trained for something else has no such parameters.
+_HEADS = ("head.", "sentence_head.", "pooler.", "model.pooler.")
 # What published files hold besides parameters, or twice: position buffers (recomputed, not trusted), the decoder, which
 # must be the word-embedding table, and its bias under a second name.
 _DERIVED = re.compile(r"position_ids$|token_type_ids$|embed_positions\.weight$|relative_positions_encoding\.")
@@ -131,7 +133,7 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor], source: str) -> dic
     wrong += _untied(model, tensors, state)
     if wrong:
         raise CheckpointError(f"{source} does not fit {type(model).__name__} with this config: " + "; ".join(wrong))
-    lost = [published for name, published in missing if not name.startswith(("head.", "pooler."))]
+    lost = [published for name, published in missing if not name.startswith(_HEADS)]
     if lost:
         raise CheckpointError(
             f"{source} lacks {len(lost)} tensor(s) of {type(model).__name__}: {_listed(lost)}; it has "

@@ -370,6 +370,18 @@ class MaskedLMHead(nn.Module):
         return ops.linear_cross_entropy(self.transform(h), word_embeddings, self.bias, labels)
 
 
+class SentenceHead(nn.Module):
+    """Two logits for a pair of segments: is it what it seems? dropout, then W h. `[B, C]` -> `[B, 2]`."""
+
+    def __init__(self, config: EncoderConfig, dropout_p: float = 0.0):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout_p)
+        self.classifier = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.classifier(self.dropout(pooled))
+
+
 class DiscriminatorHead(nn.Module):
     """ELECTRA's replaced-token head: W2 act(W1 h), one logit per token, neither LayerNorm nor dropout. `[..., C]` ->
     `[...]`.

@@ -61,13 +61,23 @@ class Layout:
         if self.key_padding_mask is not None:
             real = self.key_padding_mask.any(dim=1)
             picked = rows[torch.arange(rows.shape[0], device=rows.device), self.key_padding_mask.int().argmax(dim=1)]
-        else:
-            starts, ends = self.cu_seqlens[:-1].long(), self.cu_seqlens[1:].long()
-            real = ends > starts
-            if rows.shape[0] == 0:
-                return rows.new_zeros((len(starts), *rows.shape[1:]))
-            picked = rows[starts.clamp(max=rows.shape[0] - 1)]
-        return picked.masked_fill(~real.reshape(-1, *(1,) * (picked.dim() - 1)), 0)
+            return _only(picked, real)
+        if rows.shape[0] == 0:
+            return rows.new_zeros((self.sizes[0], *rows.shape[1:]))
+        return self.of_real(rows[self.starts(rows.shape[0])])
+
+    def starts(self, tokens: int) -> Tensor:
+        """The place of each sequence's first row among `tokens` packed ones, int64 `[B]`; for a sequence without one
+        any place that there is."""
+        return self.cu_seqlens[:-1].long().clamp(max=tokens - 1)
+
+    def of_real(self, picked: Tensor) -> Tensor:
+        """What was picked for each packed sequence, `[B, ...]`; zeros for one without a token."""
+        return _only(picked, self.cu_seqlens[1:] > self.cu_seqlens[:-1])
+
+
+def _only(picked: Tensor, real: Tensor) -> Tensor:
+    return picked.masked_fill(~real.reshape(-1, *(1,) * (picked.dim() - 1)), 0)
 
 
 def padded_layout(shape: tuple[int, int], attention_mask: Tensor | None, device, *, keep_distances: bool) -> Layout:

@@ -3,10 +3,15 @@
 from fastbert import checkpoint
 from fastbert.config import EncoderConfig
 from fastbert.errors import CheckpointError, ConfigError
-from fastbert.models.albert import AlbertForMaskedLM, AlbertModel
-from fastbert.models.bert import BertForMaskedLM, BertModel
-from fastbert.models.electra import ElectraForMaskedLM, ElectraForPreTraining, ElectraModel
-from fastbert.models.nezha import NezhaForMaskedLM, NezhaModel
+from fastbert.models.albert import AlbertForMaskedLM, AlbertForPreTraining, AlbertModel
+from fastbert.models.bert import BertForMaskedLM, BertForPreTraining, BertModel
+from fastbert.models.electra import (
+    ElectraForJointPreTraining,
+    ElectraForMaskedLM,
+    ElectraForPreTraining,
+    ElectraModel,
+)
+from fastbert.models.nezha import NezhaForMaskedLM, NezhaForPreTraining, NezhaModel
 from fastbert.models.roberta import RobertaForMaskedLM, RobertaModel
 from fastbert.models.roformer import RoFormerForMaskedLM, RoFormerModel
 
@@ -20,7 +25,8 @@ CLASSES = {
         ElectraForMaskedLM,
         RoFormerForMaskedLM,
     ),
-    "pretraining": (ElectraForPreTraining,),
+    "pretraining": (BertForPreTraining, AlbertForPreTraining, NezhaForPreTraining, ElectraForPreTraining),
+    "joint_pretraining": (ElectraForJointPreTraining,),
 }
 
 __all__ = [candidate.__name__ for candidates in CLASSES.values() for candidate in candidates] + [
@@ -30,8 +36,9 @@ __all__ = [candidate.__name__ for candidates in CLASSES.values() for candidate i
 
 
 def model_class(model_type: str, task: str = "masked_lm"):
-    """The class of a family for a task: "model" (the bare encoder), "masked_lm", or "pretraining" (ELECTRA's
-    discriminator). `ConfigError` if there is none.
+    """The class of a family for a task: "model" (the bare encoder), "masked_lm", "pretraining" (both heads of BERT,
+    ALBERT and NEZHA; ELECTRA's discriminator), or "joint_pretraining" (ELECTRA's generator and discriminator together).
+    `ConfigError` if there is none.
     """
     for candidate in CLASSES.get(task, ()):
         if candidate.model_type == model_type:

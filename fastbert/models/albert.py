@@ -6,6 +6,7 @@ to version 1 in training.
 """
 
 from fastbert.models.base import EMBEDDING_PARTS, EncoderModel, MaskedLMModel, PublishedNames
+from fastbert.models.pretraining import SentenceOrderModel
 
 NAMES = PublishedNames(
     "albert",
@@ -16,6 +17,7 @@ NAMES = PublishedNames(
         "head.dense": "predictions.dense",
         "head.norm": "predictions.LayerNorm",
         "head": "predictions",
+        "sentence_head.classifier": "sop_classifier.classifier",
     },
     layer="encoder.albert_layer_groups.{group}.albert_layers.{inner}",
     layer_parts={
@@ -41,4 +43,9 @@ class AlbertModel(EncoderModel):
 
 class AlbertForMaskedLM(MaskedLMModel):
     __doc__ = "ALBERT with the masked-language-model head.\n\n" + MaskedLMModel.__doc__
+    model_type, names, model_class = "albert", NAMES, AlbertModel
+
+
+class AlbertForPreTraining(SentenceOrderModel):
+    __doc__ = "ALBERT as it is pretrained, with both heads.\n\n" + SentenceOrderModel.__doc__
     model_type, names, model_class = "albert", NAMES, AlbertModel

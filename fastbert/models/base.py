@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from fastbert import checkpoint
 from fastbert.config import EncoderConfig
 from fastbert.errors import ConfigError, ShapeError
+from fastbert.models.labels import check_word_labels, labelled_rows
 from fastbert.nn import Embeddings, Encoder, MaskedLMHead, Pooler
 from fastbert.ops import checks
 from fastbert.ops.sequences import check_packed
 from fastbert.packing import Layout, packed_layout, padded_layout, positions_in_sequence
-
-IGNORE_INDEX = -100
 
 
 @dataclass
@@ -62,11 +61,24 @@ class EncoderOutput(ModelOutput):
 
 @dataclass
 class MaskedLMOutput(ModelOutput):
-    """loss: scalar; logits `[B, L, V]` (packed: `[T, V]`); hidden_states as in EncoderOutput."""
+    """loss: scalar; logits `[B, L, V]` (packed: `[T, V]`); hidden_states as in EncoderOutput. With return_logits=False
+    also losses `[k]`, float32 (float64 for a model in float64), the means of the model's `terms`, and label_states
+    `[N, C]`, the last hidden state of the rows that have a label.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    losses: Tensor | None = None
+    label_states: Tensor | None = None
+
+
+class LossTerm(NamedTuple):
+    """One term of a loss by its name: `weight` times its mean over what it is `per`, "label", "sample" or "token"."""
+
+    name: str
+    weight: float = 1.0
+    per: str = "label"
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,7 @@ EMBEDDING_PARTS = {
     "embeddings.norm": "embeddings.LayerNorm",
 }
 BERT_HEAD_PARTS = {
+    "sentence_head.classifier": "cls.seq_relationship",
     "head.dense": "cls.predictions.transform.dense",
     "head.norm": "cls.predictions.transform.LayerNorm",
     "head": "cls.predictions",
@@ -201,13 +214,15 @@ class Rows(NamedTuple):
 
 
 class HeadRows(NamedTuple):
-    """What a head needs of an encoder: the last hidden state as rows, their layout, and the hidden states or None.
-    Where labels were given, the rows are those with a label, `[N, C]`, and `labels` `[N]` theirs."""
+    """What a head needs of an encoder: the last hidden state as rows, their layout, the hidden states or None, and
+    what the pooler makes of the sequences, `[B, C]`, or None. Where labels were given, the rows are those with a label,
+    `[N, C]`, and `labels` `[N]` theirs."""
 
     rows: Tensor
     layout: Layout
     hidden_states: tuple[Tensor, ...] | None
     labels: Tensor | None
+    pooled: Tensor | None
 
 
 class EncoderModel(PretrainedModel):
@@ -219,7 +234,7 @@ class EncoderModel(PretrainedModel):
     input_ids int64 `[B, L]` with attention_mask bool or integer `[B, L]` (non-zero: real token), or packed `[T]` with
     cu_seqlens int32 `[B + 1]`. token_type_ids, position_ids: int64 like input_ids; position_ids only where the family
     has a position table. Returns `EncoderOutput`, zero at padded positions; with return_rows, what a head needs, a
-    `HeadRows`: with labels (as a head takes them) only of the rows that have one.
+    `HeadRows`: with labels (as a head takes them) only of the rows that have one, and what is pooled.
 
     `ShapeError`, `DtypeError` for arguments that do not fit and for sequences longer than the position table;
     `DataError` for ids outside their table.
@@ -257,15 +272,22 @@ class EncoderModel(PretrainedModel):
             if not return_rows or output_hidden_states:
                 raise ShapeError("labels are for return_rows without output_hidden_states: a head has the loss")
             labels, positions = labelled_rows(labels, label_positions, layout)
-        packed = layout.key_padding_mask is None
-        only = positions if packed else None
+        only = positions if layout.key_padding_mask is None else None
+        both = only is not None and self.pooler is not None and len(x) > 0
+        if both:  # the pooler reads each sequence's first row
+            only = torch.cat([positions, layout.starts(len(x))])
         rows, states = self.encoder(x, rows=only, output_hidden_states=output_hidden_states, **layout.attention)
         states = None if states is None else tuple(layout.unpack(state) for state in states)
+        pooled = None
+        if both:
+            rows, first = rows[: len(positions)], rows[len(positions) :]
+            pooled = self.pooler(layout.of_real(first))
+        elif self.pooler is not None:
+            pooled = self.pooler(layout.first(rows))
         if labels is not None and only is None:
             rows = rows.flatten(0, -2) if positions is None else rows.flatten(0, -2).index_select(0, positions)
         if return_rows:
-            return HeadRows(rows, layout, states, labels)
-        pooled = None if self.pooler is None else self.pooler(layout.first(rows))
+            return HeadRows(rows, layout, states, labels, pooled)
         return EncoderOutput(layout.unpack(rows), pooled, states)
 
     def rows(
@@ -368,10 +390,12 @@ class MaskedLMModel(PretrainedModel):
 
     model_class: type[EncoderModel]
     head_act: str | None = None
+    pools = False
+    terms = (LossTerm("mlm_loss"),)
 
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
-        self.model = self.model_class(config, add_pooling_layer=False)
+        self.model = self.model_class(config, add_pooling_layer=self.pools)
         self.head = MaskedLMHead(config, self.head_act)
         self.head.apply(self.initialize)
 
@@ -389,75 +413,47 @@ class MaskedLMModel(PretrainedModel):
         output_hidden_states: bool = False,
         return_logits: bool = True,
     ) -> MaskedLMOutput:
+        return self._predict(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            labels=labels,
+            label_positions=label_positions,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            output_hidden_states=output_hidden_states,
+            return_logits=return_logits,
+        )[0]
+
+    def _predict(
+        self, *inputs, labels, label_positions, output_hidden_states, return_logits, **sequences
+    ) -> tuple[MaskedLMOutput, Tensor | None]:
+        """What forward returns, and what is pooled or None."""
         if labels is None and not return_logits:
             raise ShapeError(
                 "labels is None and return_logits is False; expected labels, since there is nothing to compute "
                 "without them"
             )
-        if label_positions is not None:
-            check_label_positions(label_positions, labels, input_ids, cu_seqlens, self.config.vocab_size)
-        elif labels is not None:
-            check_labels(labels, input_ids, self.config.vocab_size, "ids of the vocabulary")
+        if label_positions is not None or labels is not None:
+            limit = self.config.vocab_size
+            check_word_labels(labels, label_positions, inputs[0], sequences["cu_seqlens"], limit)
         lean = not return_logits and not output_hidden_states
-        rows, layout, states, found = self.model(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
+        rows, layout, states, found, pooled = self.model(
+            *inputs,
+            **sequences,
             output_hidden_states=output_hidden_states,
             return_rows=True,
             labels=labels if lean else None,
             label_positions=label_positions,
         )
-        word, loss = self.model.embeddings.word.weight, None
-        if lean:
-            loss = self.head(rows, word, found)
-        elif labels is not None:
+        word, loss, labelled = self.model.embeddings.word.weight, None, rows
+        if not lean and labels is not None:
             found, positions = labelled_rows(labels, label_positions, layout)
             flat = rows.flatten(0, -2)
-            loss = self.head(flat if positions is None else flat.index_select(0, positions), word, found)
-        logits = layout.unpack(self.head(rows, word)) if return_logits else None
-        return MaskedLMOutput(loss, logits, states)
-
-
-def check_labels(labels: Tensor, places: Tensor, limit: int, of: str, like: str = "input_ids") -> None:
-    """Labels are integers, one for each of `places`, from 0 to limit - 1 or IGNORE_INDEX."""
-    checks.tensors(labels=labels)
-    checks.integer(labels=labels)
-    if labels.shape != places.shape:
-        raise ShapeError(f"labels has shape {list(labels.shape)}; expected {list(places.shape)}, the shape of {like}")
-    checks.indices("labels", labels, limit, of, besides=IGNORE_INDEX)
-
-
-def check_label_positions(
-    positions: Tensor, labels: Tensor | None, input_ids: Tensor, cu_seqlens: Tensor | None, limit: int
-) -> None:
-    """label_positions are places of packed input_ids, with a label for each."""
-    checks.tensors(label_positions=positions, labels=labels)
-    checks.integer(label_positions=positions, labels=labels)
-    if cu_seqlens is None:
-        raise ShapeError("label_positions were given without cu_seqlens; expected None for padded input")
-    if positions.dim() != 1:
-        raise ShapeError(f"label_positions has shape {list(positions.shape)}; expected one dimension")
-    checks.indices("label_positions", positions, len(input_ids), "packed tokens")
-    check_labels(labels, positions, limit, "ids of the vocabulary", like="label_positions")
-
-
-def labelled_rows(labels: Tensor, label_positions: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor | None]:
-    """Labels `[N]` and the places of their rows `[N]`; all rows, and None, where a compiler asks, for which N would
-    depend on data."""
-    if label_positions is not None:
-        return labels, label_positions
-    labels = labels_of_rows(labels, layout).flatten()
-    if torch.compiler.is_compiling():
-        return labels, None
-    positions = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-    return labels[positions], positions
-
-
-def labels_of_rows(labels: Tensor, layout: Layout) -> Tensor:
-    """Labels as rows; a padded position has none."""
-    labels = layout.pack(labels)
-    return labels if layout.key_padding_mask is None else labels.masked_fill(~layout.key_padding_mask, IGNORE_INDEX)
+            labelled = flat if positions is None else flat.index_select(0, positions)
+        if labels is not None:
+            loss = self.head(labelled, word, found)
+        if not return_logits:
+            return MaskedLMOutput(loss, None, states, loss[None], labelled), pooled
+        return MaskedLMOutput(loss, layout.unpack(self.head(rows, word)), states), pooled

@@ -3,6 +3,7 @@ layer, of any length; also WoNEZHA.
 """
 
 from fastbert.models.base import BERT_HEAD_PARTS, EMBEDDING_PARTS, EncoderModel, MaskedLMModel, PublishedNames
+from fastbert.models.pretraining import NextSentenceModel
 
 NAMES = PublishedNames("nezha", EMBEDDING_PARTS | {"pooler.dense": "pooler.dense"} | BERT_HEAD_PARTS)
 
@@ -14,4 +15,9 @@ class NezhaModel(EncoderModel):
 
 class NezhaForMaskedLM(MaskedLMModel):
     __doc__ = "NEZHA with the masked-language-model head.\n\n" + MaskedLMModel.__doc__
+    model_type, names, model_class = "nezha", NAMES, NezhaModel
+
+
+class NezhaForPreTraining(NextSentenceModel):
+    __doc__ = "NEZHA as it is pretrained, with both heads.\n\n" + NextSentenceModel.__doc__
     model_type, names, model_class = "nezha", NAMES, NezhaModel
