@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from fastbert.errors import CheckpointError, ConfigError, DtypeError
 from fastbert.ops.lamb import LISTS, LambGroup, check_settings, run
 
-SCHEDULES = ("linear", "poly", "nezha", "constant")
+SCHEDULES = ("linear", "poly", "nezha", "bert", "electra", "constant")
 OPTIMIZERS = ("adamw", "lamb")
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
@@ -57,10 +57,12 @@ def main_gradients(parameters: Iterable[Tensor]) -> None:
 def schedule(name: str, *, steps: int, warmup: float = 0, degree: float = 0.5) -> Callable[[int], float]:
     """factor(step): what the learning rate is multiplied by in the update that follows `step` completed ones.
 
-    All rise linearly from 0 to 1 over the warm-up of w steps; from there on, of T steps in all,
+    All but "electra" rise linearly from 0 to 1 over the warm-up of w steps; from there on, of T steps in all,
     "linear": falls linearly to 0 at T, as get_linear_schedule_with_warmup of transformers does;
     "nezha": the same curve, stated as NEZHA's code does: (1 - step/T) / (1 - w/T), without a jump at w;
     "poly": (1 - step/T)^degree, which falls from 1 to (1 - w/T)^degree at the switch (NVIDIA's BERT, degree 0.5);
+    "bert": 1 - step/T, which falls from 1 to 1 - w/T at the switch (BERT's and ALBERT's code);
+    "electra": min(1, step/w) (1 - step/T), the warm-up as a factor from the first step on (ELECTRA's code);
     "constant": stays 1.
 
     warmup: a number of steps, or, below 1, a share of `steps`. After `steps` the factor stays at its last value.
@@ -77,14 +79,73 @@ def schedule(name: str, *, steps: int, warmup: float = 0, degree: float = 0.5) -
         raise ConfigError(f"degree is {degree}, expected a positive number")
 
     def factor(step: int) -> float:
+        left = max(0.0, 1 - step / steps)
+        if name == "electra":
+            return left * min(1.0, step / rise if rise else 1.0)
         if step < rise:
             return step / rise
-        left = max(0.0, 1 - step / steps)
+        if name == "bert":
+            return left
         if name == "constant" or rise == steps:
             return 1.0
         return left**degree if name == "poly" else left / (1 - rise / steps)
 
     return factor
+
+
+class UncorrectedAdamW(torch.optim.AdamW):
+    """AdamW without the correction of bias (Kingma and Ba 2015, arXiv 1412.6980, section 3), as BERT's and ELECTRA's
+    code has it: with m and v the plain moments, p -= lr (m / (sqrt(v) + eps) + weight_decay p).
+
+    State and step are those of torch.optim.AdamW in its fused form: in step t it divides m by 1 - b1^t and
+    sqrt(v) by sqrt(1 - b2^t), which the learning rate lr (1 - b1^t) / sqrt(1 - b2^t) undoes, but for eps, which is
+    smaller by the factor sqrt(1 - b2^t); the weights decay by lr itself, before. t is that of a group's first
+    parameter, so all of a group must have a gradient from the first step on. Nothing waits for the device.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        *,
+        capturable: bool = False,
+    ):
+        super().__init__(params, lr, betas, eps, weight_decay, fused=True, capturable=capturable)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step, or none where `found_inf` says so. Returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        given = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
+        try:
+            for group in self.param_groups:
+                parameters = [p for p in group["params"] if p.grad is not None]
+                if parameters:
+                    lr = torch.as_tensor(group["lr"], dtype=torch.float32, device=parameters[0].device).reshape(())
+                    kept = 1 - lr * group["weight_decay"] * (1 if found_inf is None else 1 - found_inf)
+                    torch._foreach_mul_(parameters, kept.reshape(()))
+                    group["lr"], group["weight_decay"] = self._raised(lr, parameters[0], group["betas"]), 0.0
+            step = torch.optim.AdamW.step
+            (step.__wrapped__ if getattr(step, "hooked", False) else step)(
+                self
+            )  # hooks run around this step, not twice
+        finally:
+            for group, (lr, weight_decay) in zip(self.param_groups, given, strict=True):
+                group["lr"], group["weight_decay"] = lr, weight_decay
+        return loss
+
+    def _raised(self, lr: Tensor, parameter: Tensor, betas: tuple[float, float]) -> Tensor:
+        """The learning rate that undoes the correction in this step."""
+        made = self.state[parameter]["step"] if self.state[parameter] else torch.zeros((), device=lr.device)
+        step = made.double() + 1
+        return (lr * (1 - betas[0] ** step) / (1 - betas[1] ** step).sqrt()).float()
 
 
 class FusedLAMB(Optimizer):

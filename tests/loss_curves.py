@@ -101,8 +101,8 @@ def train(step: TrainStep, batches: Sequence[MicroBatch], steps: int) -> list[fl
     for number in range(steps):
         batch = batches[number % len(batches)]
         step.accumulate(batch, batch.labels, seed=number)
-        losses.append(step.progress.loss / batch.labels)
-        step.progress.loss.zero_()
+        losses.append(step.progress.losses[0] / batch.labels)
+        step.progress.losses.zero_()
         step.apply()
     return torch.stack(losses).tolist()
 

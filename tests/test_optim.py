@@ -8,7 +8,7 @@ from torch import nn
 
 from fastbert import EncoderConfig, model_class
 from fastbert.errors import ConfigError
-from fastbert.optim import param_groups, schedule
+from fastbert.optim import UncorrectedAdamW, param_groups, schedule
 
 SMALL = dict(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
 
@@ -78,6 +78,67 @@ def test_poly_is_nvidias_with_its_drop_at_the_switch():
         assert math.isclose(factor(step), math.sqrt(1 - step / steps))
     assert factor(2000) > 0.99 and factor(2001) < 0.85
     assert math.isclose(schedule("poly", steps=100, degree=2.0)(50), 0.25)
+
+
+def test_bert_drops_at_the_switch_and_electra_multiplies():
+    steps, warmup = 50, 10
+    bert, electra = (schedule(name, steps=steps, warmup=warmup) for name in ("bert", "electra"))
+    for step in range(60):
+        left = max(0.0, 1 - step / steps)
+        assert math.isclose(bert(step), step / warmup if step < warmup else left, abs_tol=1e-12)
+        assert math.isclose(electra(step), min(1.0, step / warmup) * left, abs_tol=1e-12)
+    assert bert(9) == 0.9 and bert(10) == 0.8 and electra(5) == 0.5 * 0.9
+    assert schedule("electra", steps=10)(0) == schedule("bert", steps=10)(0) == 1
+    assert schedule("electra", steps=10, warmup=0.5)(5) == 0.5
+
+
+def uncorrected(p, grads, lrs, betas, eps, decay):
+    """Adam without bias correction, as BERT's code has it; eps as UncorrectedAdamW takes it."""
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for t, (g, lr) in enumerate(zip(grads, lrs, strict=True), start=1):
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g * g
+        p = p - lr * (m / (v.sqrt() + eps * math.sqrt(1 - betas[1] ** t)) + decay * p)
+    return p
+
+
+@pytest.mark.parametrize("form", [float, lambda lr: torch.full((1,), lr), lambda lr: torch.tensor(lr)])
+def test_adamw_without_bias_correction_is_the_plain_loop(form):
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(5, 3, generator=generator), torch.randn(4, generator=generator)]
+    grads = [[torch.randn(t.shape, generator=generator) * 10.0**-k for t in start] for k in range(6)]
+    lrs, betas, eps = [0.01, 0.02, 0.03, 0.02, 0.01, 0.005], (0.9, 0.99), 1e-3
+    params = [nn.Parameter(t.clone()) for t in start]
+    groups = [{"params": params[:1], "weight_decay": 0.5}, {"params": params[1:], "weight_decay": 0.0}]
+    optimizer = UncorrectedAdamW(groups, betas=betas, eps=eps)
+    for step, lr in zip(grads, lrs, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = form(lr)
+        for p, g in zip(params, step, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+        assert all(float(group["lr"]) == pytest.approx(lr) for group in optimizer.param_groups)
+    for p, begin, own, decay in zip(params, start, zip(*grads, strict=True), (0.5, 0.0), strict=True):
+        right = uncorrected(begin.double(), [g.double() for g in own], lrs, betas, eps, decay)
+        torch.testing.assert_close(p.detach().double(), right, rtol=1e-5, atol=1e-6)
+
+
+def test_adamw_without_bias_correction_skips_what_overflowed_and_scales():
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer, other = UncorrectedAdamW([p], lr=0.1, weight_decay=0.1), UncorrectedAdamW([q], lr=0.1, weight_decay=0.1)
+    p.grad = q.grad = torch.full((3,), 0.5)
+    optimizer.step()
+    other.step()
+    optimizer.found_inf, optimizer.grad_scale = torch.ones(()), torch.full((), 4.0)
+    p.grad = torch.full((3,), math.inf)
+    optimizer.step()
+    assert torch.equal(p, q) and optimizer.state[p]["step"] == 1
+    optimizer.found_inf = torch.zeros(())
+    p.grad, q.grad = torch.full((3,), 2.0), torch.full((3,), 0.5)
+    assert optimizer.step(lambda: 7) == 7
+    other.step()
+    assert torch.equal(p, q) and not torch.equal(p, torch.ones(3))
 
 
 def test_constant_and_warm_up_alone():

@@ -177,7 +177,7 @@ def test_the_loss_is_the_mean_over_all_labels():
     for batch in UPDATES[0]:
         inputs = {name: t.to(DEVICE) for name, t in batch.inputs.items()}
         expected += fresh(**inputs, max_seqlen=batch.max_seqlen).loss.item() * batch.labels
-    assert step.progress.loss.item() == pytest.approx(expected, rel=1e-5)
+    assert step.progress.losses.item() == pytest.approx(expected, rel=1e-5)
 
 
 # -- the loss scale --------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_a_batch_without_labels_adds_nothing():
     batch = batch_of([5, 4])
     none = {name: batch.inputs[name][:0] for name in ("labels", "label_positions")}
     step.accumulate(batch._replace(inputs=batch.inputs | none, labels=0), 0, seed=0)
-    assert step.progress.loss == 0 and not step.gradients.buffer.any()
+    assert step.progress.losses == 0 and not step.gradients.buffer.any()
 
 
 @pytest.mark.skipif(CUDA, reason="there is a GPU")
@@ -326,7 +326,7 @@ def test_what_fills_up_adds_nothing(family):
         buckets = Buckets(4, 24, 1 / 6, pad_id=model.config.pad_token_id)
         batch = buckets.fill(UPDATES[0][0]) if fill else UPDATES[0][0]
         step.accumulate(batch, 10, seed=0)
-        found.append((step.progress.loss.item(), step.gradients.buffer, batch))
+        found.append((step.progress.losses.item(), step.gradients.buffer, batch))
     assert len(found[1][2].inputs["input_ids"]) > found[0][2].tokens
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)

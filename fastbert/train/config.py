@@ -9,7 +9,9 @@ from pathlib import Path
 import yaml
 
 from fastbert.config import BASE, nearest
-from fastbert.data import LEVELS, MASKINGS, PACKINGS, WORDS
+from fastbert.data import COUNTS, LEVELS, MASKINGS, OBJECTIVES, PACKINGS, SEPARATORS, WORDS, Masking
+from fastbert.data.objectives import check_objective
+from fastbert.data.segmenters import check_words
 from fastbert.errors import ConfigError, MissingFileError
 from fastbert.optim import OPTIMIZERS, SCHEDULES
 
@@ -60,13 +62,21 @@ class TextOptions(Options):
     """From text to tokens."""
 
     files: list[str] = option([], "text files, UTF-8: one row per line, a blank line between documents")
-    words: str = option("none", "where word borders come from; segmented: spaces in the text", choices=WORDS)
+    words: str = option(
+        "none",
+        f"where word borders come from: {', '.join(WORDS)} or package.module:function; segmented: spaces in the text",
+    )
     tag_separator: str | None = option(None, "with words=segmented, what stands between a word and its tag")
+    segmenter_model: str | None = option(None, "with words=ltp, the folder of its model")
     tokenizer: str | None = option(None, "folder of a tokenizer; if not given, one is trained on the text")
     vocab_size: int = option(21128, "largest size of a vocabulary that is trained", least=6)
     level: str = option("char", "what a tokenizer is trained on", choices=LEVELS)
     validation_fraction: float = option(0.01, "share of the documents that is held out", least=0, below=1)
     errors: str = option("strict", "invalid UTF-8: stop, or replace and report", choices=("strict", "replace"))
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_words(self.words)
 
 
 @dataclass(kw_only=True)
@@ -76,6 +86,65 @@ class PrepareConfig(TextOptions):
     out: str = option("corpus", "folder to write")
     overwrite: bool = option(False, "replace the folder if it holds a corpus")
     shard_tokens: int = option(1 << 25, "a shard is closed once it holds this many tokens", least=1)
+    unit_bytes: int = option(1 << 26, "bytes of text, about, that one process does at a time", least=1)
+    processes: int | None = option(None, "processes; if not given, as many as cores that may be used", least=1)
+
+
+@dataclass(kw_only=True)
+class SimilarWordsConfig(Options):
+    """`fastbert prepare similar-words`: a table of the words that may stand for each other, for MacBERT."""
+
+    vectors: str | None = option(None, "word2vec file, text or binary, as it is or gzipped")
+    cilin: str | None = option(None, "file of the thesaurus Cilin, UTF-8 or GB18030")
+    text: list[str] = option([], "text files, on which vectors are trained (needs the extra vectors)")
+    out: str = option("similar.txt", "file to write")
+    overwrite: bool = option(False, "replace the file if it is such a table")
+    top: int = option(10, "with vectors and text: similar words of a word at most", least=1)
+    least: float = option(0.5, "with vectors and text: the least cosine similarity", least=-1)
+    same_length: bool = option(True, "only words of as many characters")
+    limit: int | None = option(None, "with vectors: read so many words from the beginning of the file", least=1)
+    related: bool = option(False, "with cilin: related words too, after synonyms")
+    words: str | None = option(None, "with text: where word borders come from, as in fastbert prepare")
+    tag_separator: str | None = option(None, "with words=segmented, what stands between a word and its tag")
+    segmenter_model: str | None = option(None, "with words=ltp, the folder of its model")
+    errors: str = option("strict", "with text: invalid UTF-8: stop, or replace", choices=("strict", "replace"))
+    min_count: int = option(5, "with text: leave out words that are rarer", least=1)
+    dimensions: int = option(100, "with text: numbers of a vector", least=1)
+    window: int = option(5, "with text: words before and after that a word is learnt from", least=1)
+    epochs: int = option(5, "with text: passes over it", least=1)
+    seed: int = option(0, "with text: what is random follows from it", least=0)
+
+
+@dataclass(kw_only=True)
+class ConvertConfig(Options):
+    """`fastbert convert`: one model folder to another."""
+
+    model: str | None = option(None, "model folder to read, with its tokenizer")
+    out: str | None = option(None, "model folder to write")
+    to_words: bool = option(
+        False, "give the model a vocabulary of words, as WoBERT got it; a new word begins as the mean of its characters"
+    )
+    word_list: str | None = option(None, "file with the words, one a line, the most frequent first")
+    files: list[str] = option([], "text files whose most frequent words are taken, in place of word_list")
+    words: str = option("rjieba", "with files: where word borders come from", choices=("rjieba", "segmented"))
+    tag_separator: str | None = option(None, "with words=segmented, what stands between a word and its tag")
+    count: int = option(20000, "with files: how many words", least=1)
+    min_frequency: int = option(2, "with files: leave out words that are rarer", least=1)
+    errors: str = option("strict", "with files: invalid UTF-8: stop, or replace", choices=("strict", "replace"))
+    pad_vocab_to: int = option(8, "round the number of rows of the word table up to a multiple of this", least=1)
+
+
+@dataclass(kw_only=True)
+class RecipeOptions(Options):
+    """Published recipes."""
+
+    recipe: str | None = option(
+        None, "train by a published recipe, by its name or the path of a YAML file; other options change all its phases"
+    )
+    explain: bool = option(False, "with recipe: show what it does, needs and takes, and stop")
+    demo: bool = option(
+        False, "the demonstration on the People's Daily; with recipe: the recipe, scaled down to some dozen steps"
+    )
 
 
 @dataclass(kw_only=True)
@@ -88,6 +157,9 @@ class ModelOptions(Options):
     preset: str | None = option(None, "published architecture by name, see fastbert.presets()")
     model: dict = option({}, "fields of the architecture to change, such as hidden_size=384 num_hidden_layers=6")
     init: str | None = option(None, "model folder whose weights to begin from")
+    generator_size: float = option(
+        0.25, "with objective rtd, the width of a new generator as a share of the discriminator's", least=1e-6
+    )
     # 8 elements of 16 bits are what products want to be aligned to. 64 words for 21, as text of proteins has, learn
     # visibly later: what nothing has for a label must be unlearnt first.
     pad_vocab_to: int = option(
@@ -100,11 +172,53 @@ class ModelOptions(Options):
 
 @dataclass(kw_only=True)
 class ObjectiveOptions(Options):
-    """What is learnt: masked language modelling."""
+    """What is learnt."""
 
-    masking: str = option("whole_word", "what is masked as one", choices=MASKINGS)
+    objective: str = option(
+        "mlm",
+        "masked words; with nsp, whether a segment follows the other (BERT, NEZHA), with sop, whether two are in "
+        "order (ALBERT; mac+sop with similar words for masks, MacBERT); rtd, which words a generator has replaced "
+        "(ELECTRA)",
+        choices=OBJECTIVES,
+    )
+    masking: str | None = option(
+        None,
+        "what is masked as one; macbert: n-grams of words, replaced by similar words; if not given, macbert for "
+        "mac+sop, token for rtd, else whole_word",
+        choices=(*MASKINGS, None),
+    )
     mask_prob: float = option(0.15, "share of the pieces of a sample that is chosen", least=1e-6, below=1)
-    packing: str = option("full_sentences", "how rows are laid into samples", choices=PACKINGS)
+    mask_count: str = option(
+        "rounded",
+        "how many pieces that is: rounded, at least 1 (BERT); stochastic, up or down at random (RoBERTa); bernoulli, "
+        "each for itself (WoBERT)",
+        choices=COUNTS,
+    )
+    mask_actions: list[float] = option(
+        [],
+        "shares of the chosen that are replaced by [MASK] (macbert: a similar word), replaced by a random piece "
+        "(word), and kept; if not given, 0.85 0 0.15 for rtd, else 0.8 0.1 0.1",
+        least=0,
+    )
+    span_weights: list[float] = option(
+        [], "weights of spans of 1, 2, ... words; if not given, those of the publication", least=0
+    )
+    max_predictions: int | None = option(None, "largest number of pieces that are chosen in a sample", least=1)
+    mask_special: bool = option(False, "choose among [CLS] and [SEP] too (RoBERTa, WoBERT)")
+    similar_words: str | None = option(
+        None, "with masking macbert, the table of similar words, made by fastbert prepare similar-words"
+    )
+    static_masks: int = option(
+        0, "masks and pairs are as in the first epochs again after so many; 0: other ones in every epoch", least=0
+    )
+    packing: str | None = option(
+        None,
+        "how rows are laid into samples; pairs: two segments, about which nsp and sop ask; if not given, pairs for "
+        "these, else full_sentences",
+        choices=(*PACKINGS, None),
+    )
+    separators: str = option("sample", "a [SEP] after each sample, or after each row (RoBERTa)", choices=SEPARATORS)
+    short_prob: float = option(0.0, "share of the pairs that are made for a random smaller length", least=0, below=1)
     max_length: int = option(512, "longest sample in pieces, [CLS] and [SEP] included", least=3)
 
 
@@ -121,6 +235,9 @@ class OptimizerOptions(Options):
     epochs: float | None = option(None, "passes over the corpus, in place of steps; 1 if neither is given", least=1e-9)
     batch_size: int = option(32, "samples per process and micro-batch", least=1)
     accumulation: int = option(1, "micro-batches per update", least=1)
+    global_batch: int | None = option(
+        None, "samples per update over all processes, a multiple of batch_size x processes; sets accumulation", least=1
+    )
     lr: float = option(1e-4, "highest learning rate", least=0)
     schedule: str = option("linear", "course of the learning rate after the warm-up", choices=SCHEDULES)
     warmup: float = option(0.1, "warm-up: a number of steps, or a share of them if below 1", least=0)
@@ -128,7 +245,24 @@ class OptimizerOptions(Options):
     weight_decay: float = option(0.01, "decoupled weight decay; biases and normalisation are exempt", least=0)
     betas: tuple[float, float] = option((0.9, 0.999), "decay of the two moments", least=0, below=1)
     eps: float = option(1e-6, "added to the root of the second moment", least=0)
+    bias_correction: bool = option(
+        True, "correct the moments of the first steps; not in the code of BERT, ALBERT and ELECTRA"
+    )
     clip: float = option(1.0, "largest global norm of the gradient; 0: no clipping", least=0)
+
+
+@dataclass(kw_only=True)
+class DistillationOptions(Options):
+    """Distillation."""
+
+    teacher: str | None = option(
+        None, "folder of a masked language model with the same vocabulary, from which to learn too"
+    )
+    distill_logits: float = option(1.0, "weight of the divergence from what the teacher says of masked words", least=0)
+    distill_hidden: float = option(
+        0.0, "weight of the squared difference from its last hidden states of masked words, of the same size", least=0
+    )
+    distill_temperature: float = option(1.0, "what the logits of both are divided by", least=1e-6)
 
 
 @dataclass(kw_only=True)
@@ -168,11 +302,16 @@ class RunOptions(Options):
 
 
 @dataclass(kw_only=True)
-class PretrainConfig(RunOptions, OptimizerOptions, ObjectiveOptions, ModelOptions, TextOptions):
+class PretrainConfig(RunOptions, OptimizerOptions, DistillationOptions, ObjectiveOptions, ModelOptions, TextOptions):
     """Everything `fastbert pretrain` can be told; the classes it is made of say what belongs together."""
 
     def __post_init__(self):
         super().__post_init__()
+        what = OBJECTIVES[self.objective]
+        self.masking, self.packing = self.masking or what.masking, self.packing or what.packing
+        self.mask_actions = self.mask_actions or list(what.actions)
+        self.masks()
+        check_objective(self.objective, self.masking, self.packing, self.separators)
         if self.data and self.files:
             raise ConfigError(f"data is {self.data!r} and files is {self.files!r}, expected one of the two")
         if self.steps and self.epochs:
@@ -184,6 +323,18 @@ class PretrainConfig(RunOptions, OptimizerOptions, ObjectiveOptions, ModelOption
             )
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite are both set, expected at most one of the two")
+
+    def masks(self) -> Masking:
+        """How pieces are chosen and replaced."""
+        return Masking(
+            self.masking,
+            self.mask_prob,
+            self.mask_count,
+            tuple(self.mask_actions),
+            tuple(self.span_weights) or None,
+            self.max_predictions,
+            self.mask_special,
+        )
 
 
 def grouped_fields(cls) -> list[tuple[str, list]]:

@@ -106,7 +106,8 @@ def _introduce(config: PretrainConfig, replace: bool) -> None:
 
 
 def _report(config: PretrainConfig, result: PretrainResult) -> None:
-    model, tokenizer = from_pretrained(result.model), Tokenizer.from_pretrained(result.model)
+    folder = setup.word_model(result.model)
+    model, tokenizer = from_pretrained(folder), Tokenizer.from_pretrained(folder)
     held_out, entropy = Corpus.open(config.data, "validation"), unigram_entropy(Corpus.open(config.data))
     print("\nBlanks in held-out sentences: the truth, and the five likeliest for each character")
     for ids, places in _blanks(held_out, config.max_length - 2):
@@ -119,7 +120,7 @@ def _report(config: PretrainConfig, result: PretrainResult) -> None:
             truth = tokenizer.id_to_token(ids[place])
             print(f"    {truth}:  " + "  ".join(f"{piece} {100 * share:.0f}%" for piece, share in best))
     curve = plot(result.folder, entropy)
-    _print_losses(result.validation_loss, entropy)
+    _print_losses(word_loss(read_log(result.folder, "validation")[-1]), entropy)
     _print_ways_on(config, result, curve)
 
 
@@ -147,12 +148,17 @@ def plot(run: Path, entropy: float) -> Path:
     axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per masked piece", title=f"Pretraining, {run.name}")
     for event, style in (("train", {"linewidth": 1}), ("validation", {"marker": "o"})):
         records = read_log(run, event)
-        axes.plot([record["step"] for record in records], [record["loss"] for record in records], label=event, **style)
+        axes.plot([record["step"] for record in records], list(map(word_loss, records)), label=event, **style)
     axes.axhline(entropy, color="gray", linestyle="--", label="unigram entropy of the corpus")
     axes.grid(alpha=0.3)
     axes.legend()
     FigureCanvasAgg(figure).print_png(run / CURVE)
     return run / CURVE
+
+
+def word_loss(record: dict) -> float:
+    """Of a record of the log, the loss of masked words alone."""
+    return next(record[name] for name in ("mlm_loss", "generator_loss", "loss") if name in record)
 
 
 def _print_losses(loss: float, entropy: float) -> None:
@@ -171,7 +177,7 @@ def _print_ways_on(config: PretrainConfig, result: PretrainResult, curve: Path) 
         command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     command += ["--lr", f"{config.lr / 2:g}"]
     print(f"\nLoss curve: {curve}\nModel:      {result.model}\n\nTrain on:\n  {shlex.join(command)}\n\nFrom Python:")
-    print("  " + snippet(result.model).replace("\n", "\n  "))
+    print("  " + snippet(setup.word_model(result.model)).replace("\n", "\n  "))
 
 
 def snippet(model: Path) -> str:

@@ -17,13 +17,20 @@ _IGNORED = -100
 
 
 class MicroBatch(NamedTuple):
-    """inputs: what the model takes, by name, input_ids [T], cu_seqlens, labels and label_positions among it;
-    max_seqlen; the number of labels and of real tokens."""
+    """inputs: what the model takes, by name, input_ids [T], cu_seqlens, labels and label_positions among it, and
+    sentence_labels, which TrainStep hands over under the name that the model has for them; max_seqlen; the number of
+    labels, of real tokens, and of samples with a sentence label."""
 
     inputs: dict[str, Tensor]
     max_seqlen: int
     labels: int
     tokens: int
+    samples: int = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many it has of what a term of the loss is per."""
+        return {"label": self.labels, "sample": self.samples, "token": self.tokens}
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,8 @@ class Buckets:
     """Batches of few shapes, as a compiler and CUDA graphs want them.
 
     The tokens of a batch are filled up to a multiple of `granule`, 1/32 of the most there can be, with sequences of
-    [PAD] that have no labels, so that they add nothing to any gradient. What is left of the room for sequences is
-    empty, and what is left of that for labels is filled with the label -100 at place 0.
+    [PAD] that have no labels of any kind, so that they add nothing to any gradient. What is left of the room for
+    sequences is empty, and what is left of that for labels is filled with the label -100 at place 0.
     """
 
     batch_size: int
@@ -48,8 +55,9 @@ class Buckets:
         ids, ends = batch.inputs["input_ids"], batch.inputs["cu_seqlens"]
         tokens = -(-len(ids) // self.granule) * self.granule
         sequences = self.batch_size + -(-self.granule // self.max_length)
-        # A sample has max(1, round(mask_prob x its pieces)) labels.
-        labels = -(-int(self.mask_prob * tokens + self.batch_size) // 64) * 64
+        # A sample has max(1, round(mask_prob x its pieces)) labels; if each is drawn for itself, there may be more.
+        most = max(int(self.mask_prob * tokens + self.batch_size), len(batch.inputs["labels"]))
+        labels = -(-most // 64) * 64
         more = torch.arange(len(ids), tokens, self.max_length, dtype=torch.int32)[1:]
         ends = torch.cat([ends, more, ends.new_full((sequences + 1 - len(ends) - len(more),), tokens)])
         filled = {
@@ -60,6 +68,8 @@ class Buckets:
         }
         if "token_type_ids" in batch.inputs:
             filled["token_type_ids"] = _padded(batch.inputs["token_type_ids"], tokens, 0)
+        if "sentence_labels" in batch.inputs:
+            filled["sentence_labels"] = _padded(batch.inputs["sentence_labels"], sequences, _IGNORED)
         return batch._replace(inputs=batch.inputs | filled, max_seqlen=self.max_length)
 
 
@@ -138,7 +148,9 @@ def micro_batch(
 ) -> MicroBatch:
     """The batch of some samples, in pinned memory if it is going to a GPU."""
     made = objective.batch(indices, epoch)
-    batch = labelled(made.input_ids, made.labels, made.cu_seqlens, made.max_seqlen, made.token_type_ids)
+    batch = labelled(
+        made.input_ids, made.labels, made.cu_seqlens, made.max_seqlen, made.token_type_ids, made.sentence_labels
+    )
     if buckets is not None:
         batch = buckets.fill(batch)
     if world.device.type == "cuda":
@@ -147,11 +159,17 @@ def micro_batch(
 
 
 def labelled(
-    input_ids: Tensor, labels: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_type_ids: Tensor | None = None
+    input_ids: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    token_type_ids: Tensor | None = None,
+    sentence_labels: Tensor | None = None,
 ) -> MicroBatch:
     """A packed batch with labels [T], -100 where there is none, as one with those of labelled tokens only."""
     places = (labels != _IGNORED).nonzero().squeeze(1)
     inputs = {"input_ids": input_ids, "cu_seqlens": cu_seqlens, "token_type_ids": token_type_ids}
-    inputs |= {"labels": labels[places], "label_positions": places}
+    inputs |= {"labels": labels[places], "label_positions": places, "sentence_labels": sentence_labels}
     given = {name: t for name, t in inputs.items() if t is not None}
-    return MicroBatch(given, max_seqlen, len(places), len(input_ids))
+    samples = 0 if sentence_labels is None else int((sentence_labels != _IGNORED).sum())
+    return MicroBatch(given, max_seqlen, len(places), len(input_ids), samples)

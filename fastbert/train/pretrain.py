@@ -8,6 +8,7 @@ that never stopped, bit by bit.
 import hashlib
 import math
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from fastbert.train.feed import micro_batch
 from fastbert.train.interrupt import Interrupt
 from fastbert.train.journal import Journal
 from fastbert.train.world import World
+
+_PER = ("label", "sample", "token")  # what a term of the loss is a mean over
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class PretrainResult:
 
 
 def pretrain(config: PretrainConfig) -> PretrainResult:
-    """Trains a masked language model as `config` says; alone, or as one of the processes of torchrun.
+    """Trains a model as `config` says; alone, or as one of the processes of torchrun.
 
     Writes into config.out: log.jsonl, checkpoints/step-*, and at the end model/, a folder in the transformers layout.
     SIGINT and SIGTERM end it after the current step, with a checkpoint. Raises ConfigError, DataError, CheckpointError,
@@ -61,6 +64,7 @@ class Trainer:
     def __init__(self, config: PretrainConfig, world: World):
         self.config, self.world, self.folder = config, world, Path(config.out)
         setup.check_device(config, world)
+        setup.check_options(config, world)
         if world.is_main:
             setup.check_folder(config)
         setup.architecture(config)  # before text is prepared for what cannot be built
@@ -68,7 +72,7 @@ class Trainer:
         self._build_data()
         self._build_model(resumed)
         self.step = self.update = 0
-        self.labels = self.tokens = 0  # since the last record
+        self.counts = Counter()  # since the last record, by what a term of the loss is per
         self.loss, self.validation_loss = math.nan, None
         if resumed is not None:
             self._restore(resumed)
@@ -104,9 +108,11 @@ class Trainer:
     def _build_data(self) -> None:
         config = self.config
         self.tokenizer, corpus, held_out = setup.open_data(config, self.world)
-        self.data_digest = setup.digest(corpus)
-        self.objective = setup.objective(config, corpus, self.tokenizer)
-        self.held_out = None if held_out is None else setup.objective(config, held_out, self.tokenizer)
+        similar = setup.similar_pieces(config, self.tokenizer)
+        self.data_digest = setup.digest(corpus, similar)
+        self.objective = setup.objective(config, corpus, self.tokenizer, similar)
+        self.held_out = held_out and setup.objective(config, held_out, self.tokenizer, similar)
+        setup.check_labels(self.objective)
         self.feed = setup.feed(config, self.objective, self.tokenizer, self.world)
         self.steps = config.steps or max(1, int((config.epochs or 1) * self.feed.updates_per_epoch))
 
@@ -119,7 +125,8 @@ class Trainer:
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.world.align(self.model.parameters())
-        self.updates = setup.train_step(config, self.model, self.lr, self.world)
+        teacher = setup.distillation(config, self.model, self.tokenizer, self.world)
+        self.updates = setup.train_step(config, self.model, self.lr, self.world, teacher)
 
     def _open_journal(self, resumed: Path | None) -> Journal:
         if not self.world.is_main:
@@ -150,12 +157,12 @@ class Trainer:
 
     def _train_step(self) -> None:
         batches = self.feed.take(self.update)
-        (labels,) = self.world.sum(sum(batch.labels for batch in batches))
+        own = Counter({per: sum(batch.counts[per] for batch in batches) for per in _PER})
+        labels, samples, tokens = self.world.sum(*(own[per] for per in _PER))
         for index, batch in enumerate(batches):
             seed = _derived_seed(self.config.seed, self.update, index, self.world.rank)
-            self.updates.accumulate(batch, labels, seed)
-            self.labels += batch.labels
-            self.tokens += batch.tokens
+            self.updates.accumulate(batch, labels, seed, samples=samples, tokens=tokens)
+        self.counts.update(own)
         self.updates.apply()
         self.update += 1
         self.step += 1
@@ -195,21 +202,25 @@ class Trainer:
             "nothing was saved since the last checkpoint. Try a lower lr, a longer warmup, or precision='fp32'"
         )
 
-    def _window(self) -> list[float]:
-        """Sum of loss x labels, labels and tokens since the last record, over all processes."""
-        return self.world.sum(self.updates.progress.loss.item(), self.labels, self.tokens)
+    def _window(self) -> dict:
+        """For each term of the loss the sum of its means x what it is per, and how many of those there were, since the
+        last record, over all processes."""
+        losses = self.updates.progress.losses.tolist()
+        found = self.world.sum(*losses, *(self.counts[per] for per in _PER))
+        return {"losses": found[: len(losses)], "counts": dict(zip(_PER, found[len(losses) :], strict=True))}
 
     def _log(self) -> None:
-        loss, labels, tokens = self._window()
-        self.updates.progress.loss.zero_()
-        self.labels = self.tokens = 0
-        now = time.perf_counter()
+        window = self._window()
+        self.updates.progress.losses.zero_()
+        self.counts.clear()
+        now, tokens = time.perf_counter(), window["counts"]["token"]
         speed, lr = tokens / (now - self._mark), self.lr(self.step - 1)
-        self._mark, self.loss = now, loss / labels
+        figures = self._figures(**window)
+        self._mark, self.loss = now, figures["loss"]
         self.journal.record(
             "train",
             step=self.step,
-            loss=self.loss,
+            **figures,
             lr=lr,
             grad_norm=self.updates.progress.grad_norm.item(),
             tokens=int(tokens),
@@ -217,24 +228,40 @@ class Trainer:
         )
         self.journal.progress(self.step, self.loss, lr, speed)
 
+    def _figures(self, losses: list[float], counts: dict[str, float]) -> dict[str, float]:
+        """The loss, and where it has several terms the mean of each by its name."""
+        terms = self.updates.terms
+        means = {term.name: loss / max(counts[term.per], 1) for term, loss in zip(terms, losses, strict=True)}
+        total = {"loss": sum(term.weight * means[term.name] for term in terms)}
+        return total | (means if len(terms) > 1 else {})
+
     @torch.no_grad()
     def _validate(self) -> None:
         count = min(len(self.held_out), self.config.validation_samples)
         chosen = torch.linspace(0, len(self.held_out) - 1, count, dtype=torch.float64).long().numpy()
-        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        terms, counts = self.updates.terms, Counter()
+        total, right = (torch.zeros(n, dtype=torch.float64, device=self.world.device) for n in (len(terms), 1))
         size, rank = self.config.batch_size, self.world.rank
         model = self.updates.working.eval()
         for begin in range(rank * size, count, self.world.size * size):
             batch = micro_batch(self.held_out, chosen[begin : begin + size], 0, self.world)
-            loss = self.updates.loss(batch).double()
-            total += torch.stack([loss * batch.labels, torch.full_like(loss, batch.labels)])
+            losses, guessed = self.updates.evaluate(batch)
+            total += losses.double() * total.new_tensor([batch.counts[term.per] for term in terms])
+            right += 0 if guessed is None else guessed
+            counts.update(batch.counts)
         model.train()
-        loss, labels = self.world.sum(*total.tolist())
-        self.validation_loss = loss / labels
-        self.journal.record("validation", step=self.step, loss=self.validation_loss)
-        perplexity = math.exp(min(self.validation_loss, 700.0))
-        figures = f"validation loss {self.validation_loss:.4f}, perplexity {perplexity:,.1f}"
-        self.journal.say(f"step {self.step}/{self.steps}: {figures}")
+        found = self.world.sum(*total.tolist(), right.item(), *(counts[per] for per in _PER))
+        counts = dict(zip(_PER, found[len(terms) + 1 :], strict=True))
+        figures = self._figures(found[: len(terms)], counts)
+        if counts["sample"]:
+            figures["sentence_accuracy"] = found[len(terms)] / counts["sample"]
+        self.validation_loss = figures["loss"]
+        self.journal.record("validation", step=self.step, **figures)
+        perplexity = math.exp(min(figures.get(terms[0].name, self.validation_loss), 700.0))
+        said = f"validation loss {self.validation_loss:.4f}, perplexity {perplexity:,.1f}"
+        if counts["sample"]:
+            said += f", accuracy of the sentence head {figures['sentence_accuracy']:.1%}"
+        self.journal.say(f"step {self.step}/{self.steps}: {said}")
 
     # -- saving and resuming -------------------------------------------------------------------------------------------
 
@@ -268,12 +295,14 @@ class Trainer:
         self.loss = math.nan if content["loss"] is None else content["loss"]
         self.validation_loss = content["validation_loss"]
         if self.world.is_main:
-            loss, self.labels, self.tokens = content["window"]
-            self.updates.progress.loss.fill_(loss)
+            window = setup.window_of(content)
+            self.updates.progress.losses.copy_(torch.tensor(window["losses"], dtype=torch.float64))
+            self.counts.update({per: int(count) for per, count in window["counts"].items()})
 
     def _write_model(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        for part in {folder, setup.word_model(folder)}:
+            self.tokenizer.save_pretrained(part)
 
 
 def _due(step: int, every: int) -> bool:

@@ -64,7 +64,8 @@ def save(root: Path, step: int, write_model: Callable[[Path], None], optimizer: 
         write_model(temporary)
         save_file(optimizer, temporary / OPTIMIZER)
         _write_json(temporary / STATE, state)
-        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        paths = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+        files = {path.relative_to(temporary).as_posix(): _fingerprint(path) for path in paths}
         _write_json(temporary / MANIFEST, {"format": "fastbert checkpoint", "version": 1, "files": files})
     return folder
 

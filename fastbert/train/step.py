@@ -11,15 +11,17 @@ read twice, weights and two moments read and written, the weights read for the c
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fastbert.errors import ConfigError, FastBertError
+from fastbert.models.base import ModelOutput
 from fastbert.nn import Encoder
 from fastbert.optim import FusedLAMB, main_gradients
+from fastbert.train.distillation import Distillation
 from fastbert.train.feed import MicroBatch
 from fastbert.train.world import World
 
@@ -56,13 +58,15 @@ class LossScale:
 
 class Progress:
     """What has happened, as tensors on the device. `made` counts the updates that were made, `tried` also those that
-    the loss scale skipped. loss: the sum of loss x labels since it was last zeroed; first_bad: the first update of
-    which the loss or the gradients were not finite; grad_norm: of the last update, before clipping.
+    the loss scale skipped. losses: for each of `terms` of the loss the sum of its means x what it is per, since it was
+    last zeroed; first_bad: the first update of which the loss or the gradients were not finite; grad_norm: of the last
+    update, before clipping.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, terms: int):
         self.made, self.tried = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
-        self.loss, self.grad_norm = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+        self.losses = torch.zeros(terms, dtype=torch.float64, device=device)
+        self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self.first_bad = torch.full((1,), math.inf, dtype=torch.float64, device=device)
 
     def note(self, value: Tensor) -> None:
@@ -160,11 +164,13 @@ class MainGradients:
 class TrainStep:
     """Updates of a model with a loss: `accumulate` for each micro-batch, then `apply`.
 
-    model: in float32, on its device, in training mode. optimizer: over its parameters. rate(step): the learning rate of
-    the update that follows `step` made ones. dtype: what the model runs in; None: float32. clip: largest norm of the
-    gradients, 0: any; FusedLAMB has its own. compile: the loss through torch.compile, without a graph break. graphs:
-    one CUDA graph for the gradients of each shape of a batch, and one for the rest of the update; the first batch of a
-    shape runs without. Both pay where shapes are few (feed.Buckets).
+    model: in float32, on its device, in training mode. It states the `terms` of its loss, and returns their means as
+    `losses`; each counts in an update by its share of all labels, samples or tokens. optimizer: over its parameters.
+    rate(step): the learning rate of the update that follows `step` made ones. dtype: what the model runs in; None:
+    float32. clip: largest norm of the gradients, 0: any; FusedLAMB has its own. compile: the loss through
+    torch.compile, without a graph break. graphs: one CUDA graph for the gradients of each shape of a batch, and one for
+    the rest of the update; the first batch of a shape runs without. Both pay where shapes are few (feed.Buckets).
+    distillation: what a teacher adds to the terms of the model.
 
     `working` is the model that runs; use it for validation. Everything random follows from the seed of each
     micro-batch.
@@ -181,11 +187,14 @@ class TrainStep:
         clip: float = 0.0,
         compile: bool = False,
         graphs: bool = False,
+        distillation: Distillation | None = None,
     ):
         if graphs and world.device.type != "cuda":
             raise ConfigError(f"graphs is set, but the device is {world.device}, expected a GPU")
         self.model, self.optimizer, self.world, self.clip = model, optimizer, world, clip
-        self.progress = Progress(world.device)
+        self.distillation = distillation
+        self.terms = model.terms + (() if distillation is None else distillation.terms)
+        self.progress = Progress(world.device, len(self.terms))
         self.loss_scale = LossScale(world.device) if dtype == torch.float16 else None
         self.working = model if dtype is None else copy.deepcopy(model).to(dtype)
         self.gradients = MainGradients(model, self.working)
@@ -195,10 +204,12 @@ class TrainStep:
         self._graphs = _Graphs(world.device) if graphs else None
         self._transfers = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
 
-    def accumulate(self, batch: MicroBatch, labels: float, seed: int) -> None:
-        """Adds the gradients of a micro-batch's share in the mean over all `labels` of the update."""
+    def accumulate(self, batch: MicroBatch, labels: float, seed: int, *, samples: float = 0, tokens: float = 0) -> None:
+        """Adds the gradients of a micro-batch's share in the means over all `labels` of the update, and over all its
+        `samples` and `tokens` if a term is per those. ConfigError if the batch alone has more.
+        """
         torch.manual_seed(seed)
-        share = torch.tensor([batch.labels / max(labels, 1), batch.labels], dtype=torch.float64)
+        share = self._share(batch, {"label": labels, "sample": samples, "token": tokens})
         share = share if self._transfers is None else share.pin_memory()
         inputs = self._to_device(batch.inputs | {"share": share})
         if self._graphs is None:
@@ -225,9 +236,14 @@ class TrainStep:
             self._graphs.run("update", self._move, {})
         self.gradients.begin()
 
-    def loss(self, batch: MicroBatch) -> Tensor:
-        """The mean loss over the labels of a batch, as the working copy is now."""
-        return self._forward(self._to_device(batch.inputs), batch.max_seqlen)
+    def evaluate(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """The means of all terms over a batch `[k]`, as the working copy is now; and how many of its sentence labels
+        are guessed, or None."""
+        inputs = self._to_device(batch.inputs)
+        losses, output = self._evaluate(inputs, batch.max_seqlen)
+        if "sentence_labels" not in inputs:
+            return losses, None
+        return losses, (output.sentence_logits.argmax(-1) == inputs["sentence_labels"]).sum()
 
     def look(self) -> int:
         """How many updates were made: waits for the device. FastBertError if no loss scale helps against overflow."""
@@ -251,17 +267,27 @@ class TrainStep:
 
     # -- on the device -------------------------------------------------------------------------------------------------
 
+    def _evaluate(self, inputs: dict[str, Tensor], max_seqlen: int) -> tuple[Tensor, ModelOutput]:
+        named = dict(inputs)
+        if "sentence_labels" in named:
+            named[self.working.sentence_label] = named.pop("sentence_labels")
+        output = self.working(**named, max_seqlen=max_seqlen, return_logits=False)
+        if self.distillation is None:
+            return output.losses, output
+        taught = self.distillation.losses(self.working, output.label_states, inputs, max_seqlen)
+        return torch.cat([output.losses, taught]), output
+
     def _forward(self, inputs: dict[str, Tensor], max_seqlen: int) -> Tensor:
-        return self.working(**inputs, max_seqlen=max_seqlen, return_logits=False).loss
+        return self._evaluate(inputs, max_seqlen)[0]
 
     def _add_gradients(self, inputs: dict[str, Tensor], max_seqlen: int) -> None:
-        share, labels = inputs["share"].unbind()
-        loss = self._run({name: t for name, t in inputs.items() if name != "share"}, max_seqlen)
-        weight = share.to(loss.dtype) if self.loss_scale is None else share.to(loss.dtype) * self.loss_scale.scale
-        loss.backward(weight)
-        loss = loss.detach().double()
-        self.progress.loss += loss * labels
-        self.progress.note(loss)
+        weights, amounts = inputs["share"].unbind()
+        losses = self._run({name: t for name, t in inputs.items() if name != "share"}, max_seqlen)
+        weights = weights.to(losses.dtype)
+        losses.backward(weights if self.loss_scale is None else weights * self.loss_scale.scale)
+        losses = losses.detach().double()
+        self.progress.losses += losses * amounts
+        self.progress.note(losses.sum())
 
     def _move(self, _inputs: dict[str, Tensor]) -> None:
         progress, scale = self.progress, None if self.loss_scale is None else self.loss_scale.scale
@@ -304,6 +330,19 @@ class TrainStep:
     def _place_rate(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rates.rate
+
+    def _share(self, batch: MicroBatch, whole: Mapping[str, float]) -> Tensor:
+        """For each term, its weight in the update's loss and what it is per, `[2, k]`."""
+        rows, own = [], batch.counts
+        for term in self.terms:
+            part, total = own[term.per], whole[term.per]
+            if part > total:
+                raise ConfigError(
+                    f"the {term.per}s of the update are {total:g}, but this micro-batch alone has {part}: the share of "
+                    f"{term.name} is its part of all"
+                )
+            rows.append((term.weight * (part / max(total, 1)), part))
+        return torch.tensor(rows, dtype=torch.float64).T.contiguous()
 
     def _to_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Pinned tensors go to a GPU on a stream of their own, while it still computes what came before."""
