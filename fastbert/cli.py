@@ -1,4 +1,4 @@
-"""The commands: `fastbert pretrain`, `fastbert prepare`, `fastbert bench`, `fastbert info`.
+"""The commands: `fastbert pretrain`, `prepare`, `prepare similar-words`, `convert`, `bench`, `info`.
 
 Every option is a field of an option class of fastbert.train.config; a command adds no settings of its own. `bench`
 reads its own command line.
@@ -8,6 +8,7 @@ import argparse
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,14 +19,27 @@ import yaml
 
 from fastbert import backend, extension
 from fastbert.errors import ConfigError, FastBertError
-from fastbert.train.config import PrepareConfig, PretrainConfig, default_of, grouped_fields, nearest, scalar_type
+from fastbert.train.config import (
+    ConvertConfig,
+    PrepareConfig,
+    PretrainConfig,
+    RecipeOptions,
+    SimilarWordsConfig,
+    default_of,
+    grouped_fields,
+    nearest,
+    scalar_type,
+)
+from fastbert.train.recipes import recipes
 
 _INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 2 for an error that the user can mend, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:2] == _SIMILAR_WORDS.split():
+        argv = [_SIMILAR_WORDS, *argv[2:]]
     if argv[:1] == ["bench"]:
         from fastbert.benchmarks.cli import main as bench
 
@@ -52,37 +66,59 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, run, options, text in (
-        ("pretrain", _pretrain, PretrainConfig, _PRETRAIN),
-        ("prepare", _prepare, PrepareConfig, "Turn text files into a folder of token shards, for pretrain --data."),
-        ("info", _info, None, "Show versions, devices, and which backend serves each op and why."),
+        ("pretrain", _pretrain, (RecipeOptions, PretrainConfig), _PRETRAIN),
+        ("prepare", _prepare, (PrepareConfig,), _PREPARE),
+        (_SIMILAR_WORDS, _similar_words, (SimilarWordsConfig,), _SIMILAR),
+        ("convert", _convert, (ConvertConfig,), _CONVERT),
+        ("info", _info, (), "Show versions, devices, and which backend serves each op and why."),
     ):
         command = commands.add_parser(
             name,
-            help=text.split(". ")[0].rstrip("."),
+            help=text.partition("\n")[0].partition(". ")[0].rstrip("."),
             description=text,
             usage=f"fastbert {name} [options]",
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        entries = []
-        if options is not None:
+        if options:
             command.add_argument("--config", metavar="FILE.yaml", help="options from a file; the command line wins")
-            entries = _add_options(command, options)
+        entries = [entry for kind in options for entry in _add_options(command, kind)]
         command.set_defaults(run=run, flags=[_flag(entry) for entry in entries])
     commands.add_parser("bench", help="Measure ops and models beside what users would pick otherwise")
     return parser
 
 
-_PRETRAIN = """\
-Pretrain a masked language model. Without --data, --files and --config: the demonstration, a small model
-on the People's Daily in some minutes (--variant bert|roberta|albert|nezha|electra|roformer).
+_SIMILAR_WORDS = "prepare similar-words"
+_PRETRAIN = f"""\
+Pretrain a model. Without --data, --files, --recipe and --config: the demonstration, a small model on the
+People's Daily in some minutes (--variant bert|roberta|albert|nezha|electra|roformer).
 
   fastbert pretrain                                                     the demonstration
   fastbert pretrain --files a.txt b.txt --out runs/a --epochs 3         from raw text
   fastbert pretrain --data corpus --preset bert-small --out runs/b      from a prepared corpus
   fastbert pretrain --out runs/b --resume                               after an interrupt
+  fastbert pretrain --recipe macbert-base --data corpus --explain       what a published recipe does and needs
+  fastbert pretrain --recipe macbert-base --demo                        the recipe in small, in a minute
   torchrun --nproc-per-node 8 -m fastbert pretrain --data corpus ...    on eight GPUs
+
+recipes:
+{textwrap.fill(", ".join(recipes()), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)}
+"""
+_PREPARE = """\
+Turn text files into a folder of token shards, for pretrain --data. See also: fastbert prepare similar-words.
+"""
+_SIMILAR = """\
+Make a table of similar words, for pretrain --masking macbert. From one of: vectors, a thesaurus, your text.
+
+  fastbert prepare similar-words --vectors words.vector --out similar.txt
+  fastbert prepare similar-words --cilin cilin.txt --out similar.txt
+  fastbert prepare similar-words --text a.txt --words rjieba --out similar.txt
+"""
+_CONVERT = """\
+Make one model folder of another.
+
+  fastbert convert --to-words --model chinese-roberta-wwm-ext --files a.txt --count 20000 --out wobert
 """
 
 
@@ -121,30 +157,44 @@ def _assignment(text: str) -> tuple[str, object]:
     return name, yaml.safe_load(value)
 
 
-def _settings(options: argparse.Namespace, kind: type) -> dict:
-    """What the file and the command line set; the command line wins."""
-    given = {name: value for name, value in vars(options).items() if name in kind.__dataclass_fields__}
-    if "model" in given:
-        given["model"] = dict(given["model"])
+def _settings(options: argparse.Namespace, *kinds: type) -> list[dict]:
+    """What the file and the command line set of each option class; the command line wins."""
+    given = [{name: value for name, value in vars(options).items() if name in _names(kind)} for kind in kinds]
+    if isinstance(given[-1].get("model"), list):
+        given[-1]["model"] = dict(given[-1]["model"])
     if options.config is None:
         return given
-    values = kind.read_yaml(options.config)
-    kind.from_dict(values, f"config file {options.config}")
-    return values | given
+    values = kinds[-1].read_yaml(options.config)
+    for kind, own in zip(kinds[:-1], given[:-1], strict=True):
+        found = {name: values.pop(name) for name in _names(kind) & set(values)}
+        own.update(found | own)
+        kind.from_dict(own, f"config file {options.config}")
+    kinds[-1].from_dict(values, f"config file {options.config}")
+    return [*given[:-1], values | given[-1]]
+
+
+def _names(kind: type) -> set[str]:
+    return set(kind.__dataclass_fields__)
 
 
 def _pretrain(options: argparse.Namespace, argv: list[str]) -> int:
-    from fastbert.train import demo, pretrain
+    from fastbert.train import demo, pretrain, recipe_demo, run_recipe
     from fastbert.train.setup import begun_config
 
-    settings = _settings(options, PretrainConfig)
-    if settings.get("resume") and "out" in settings:
-        settings = begun_config(Path(settings["out"])) | settings
-    if options.config or settings.get("data") or settings.get("files"):
-        result = pretrain(PretrainConfig(**settings))
+    recipe, settings = _settings(options, RecipeOptions, PretrainConfig)
+    recipe = RecipeOptions(**recipe)
+    if recipe.explain and (recipe.recipe is None or recipe.demo):
+        raise ConfigError(f"explain is set with recipe {recipe.recipe} and demo {recipe.demo}, expected a recipe alone")
+    if recipe.recipe is not None:
+        result = recipe_demo(recipe.recipe, settings) if recipe.demo else None
+        if not recipe.demo:
+            result = run_recipe(recipe.recipe, recipe.explain, **settings)
     else:
-        result = demo(settings)
-    if not result.interrupted:
+        if settings.get("resume") and "out" in settings:
+            settings = begun_config(Path(settings["out"])) | settings
+        own_text = options.config or settings.get("data") or settings.get("files")
+        result = pretrain(PretrainConfig(**settings)) if own_text and not recipe.demo else demo(settings)
+    if result is None or not result.interrupted:
         return 0
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"stopped after step {result.step}; to go on:\n  {_resume_command(argv)}", flush=True)
@@ -163,9 +213,43 @@ def _resume_command(argv: list[str]) -> str:
 def _prepare(options: argparse.Namespace, _argv: list[str]) -> int:
     from fastbert.train.setup import prepare_text
 
-    config = PrepareConfig(**_settings(options, PrepareConfig))
-    report = prepare_text(config, Path(config.out), overwrite=config.overwrite, shard_tokens=config.shard_tokens)
-    print(report)
+    config = PrepareConfig(**_settings(options, PrepareConfig)[0])
+    own = ("overwrite", "shard_tokens", "unit_bytes", "processes")
+    print(prepare_text(config, Path(config.out), **{name: getattr(config, name) for name in own}))
+    return 0
+
+
+def _similar_words(options: argparse.Namespace, _argv: list[str]) -> int:
+    from fastbert.data import build_similar_words
+
+    (given,) = _settings(options, SimilarWordsConfig)
+    config = SimilarWordsConfig(**given)
+    sources = {"vectors": config.vectors, "cilin": config.cilin, "text": config.text or None}
+    if config.text and config.words is None:
+        raise ConfigError("words is not set, expected with text how it is cut into words, such as rjieba")
+    more = {name: value for name, value in given.items() if name not in (*sources, "out", "overwrite")}
+    print(build_similar_words(config.out, **sources, overwrite=config.overwrite, **more))
+    print(f"{config.out}: for fastbert pretrain --similar-words")
+    return 0
+
+
+def _convert(options: argparse.Namespace, _argv: list[str]) -> int:
+    from fastbert.data import frequent_words
+    from fastbert.train.words import to_words
+
+    config = ConvertConfig(**_settings(options, ConvertConfig)[0])
+    if not config.to_words:
+        raise ConfigError("to_words is not set, expected it: there is no other conversion yet")
+    for name in ("model", "out"):
+        if getattr(config, name) is None:
+            raise ConfigError(f"{name} is not set, expected a model folder")
+    if (config.word_list is None) == (not config.files):
+        raise ConfigError(f"word_list is {config.word_list!r} and files is {config.files!r}, expected one of the two")
+    own = ("count", "words", "tag_separator", "min_frequency", "errors")
+    words = config.word_list or frequent_words(config.files, **{name: getattr(config, name) for name in own})
+    tokenizer = to_words(config.model, config.out, words=words, pad_to_multiple_of=config.pad_vocab_to)
+    added = tokenizer.vocab_size - tokenizer.reduced().vocab_size
+    print(f"{config.out}: {config.model} with {tokenizer.vocab_size:,} tokens, {added:,} new words; train on from here")
     return 0
 
 

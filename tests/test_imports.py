@@ -55,10 +55,10 @@ OUTSIDE = {
     "kernels": "torch triton",
     "checkpoint": "torch safetensors",
     "latency": "torch tqdm",
-    "data": "torch numpy tokenizers pyarrow tqdm rjieba snownlp",
+    "data": "torch numpy tokenizers pyarrow tqdm matplotlib rjieba jieba ltp snownlp gensim",
     "train": "torch numpy safetensors tqdm yaml tensorboard matplotlib",
     "hf": "torch transformers",
-    "benchmarks": "torch triton tqdm transformers matplotlib",
+    "benchmarks": "torch numpy triton tqdm transformers matplotlib",
     "cli": "torch numpy tqdm yaml",
 }
 

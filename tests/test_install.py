@@ -19,7 +19,8 @@ PYTHON_FILES = {
     str(path.relative_to(ROOT)) for folder in ("fastbert", *LINKED) for path in (ROOT / folder).rglob("*.py")
 }
 SOURCES = {f"fastbert/csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
-PURE = PYTHON_FILES | SOURCES
+RECIPES = {f"fastbert/recipes/{path.name}" for path in (ROOT / "fastbert" / "recipes").glob("*.yaml")}
+PURE = PYTHON_FILES | SOURCES | RECIPES
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler here"
 )
@@ -63,7 +64,7 @@ def contents(wheel):
 def test_wheel_without_torch_is_pure_python_and_complete(source, no_torch):
     wheel, printed = build("wheel", source, no_torch)
     assert wheel.name == "fastbert_kernels-0.1.0-py3-none-any.whl"
-    assert contents(wheel) == PURE and "fastbert/csrc/lamb.cu" in PURE
+    assert contents(wheel) == PURE and {"fastbert/csrc/lamb.cu", "fastbert/recipes/macbert-base.yaml"} <= PURE
     assert all(any(name.startswith(folder) for name in PYTHON_FILES) for folder in LINKED)
     assert "not built: torch cannot be imported" in printed
     metadata = {name.split("/", 1)[1]: name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" in name}
