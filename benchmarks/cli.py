@@ -45,7 +45,7 @@ OPS = (
     "shared_linear",
     "lamb",
 )
-MODELS = ("models", "latency", "train", "feed")
+MODELS = ("models", "latency", "train", "feed", "prepare")
 COMMANDS = ("report", "static")
 SPOILT = 3
 # What sizes that are no whole numbers may be: (least, largest).
@@ -285,6 +285,8 @@ class Table:
         line += "-".rjust(7) if row["ratio"] is None else format(row["ratio"], "7.2f")
         if "tokens_per_s" in row:
             line += f"  {row['tokens_per_s']:,.0f} tokens/s"
+        if "chars_per_s" in row:
+            line += f"  {row['chars_per_s']:,.0f} characters/s"
         if "mfu" in row:
             line += f", MFU {row['mfu']:.1f} %"
         if "breakdown" in row:

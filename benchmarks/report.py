@@ -245,6 +245,32 @@ def _models(comparisons: Sequence[Comparison]) -> str:
     return heading and f"{heading}\n\n{_markdown(['times as fast as transformers', *FAMILIES.values()], lines)}"
 
 
+def data(results: Results) -> str:
+    """Masking and preparing text on one core of each CPU: millions of tokens or characters in a second."""
+    by_device, shapes = defaultdict(list), {op: cli.load(op).shapes(False) for op in ("feed", "prepare")}
+    for found in results.comparisons:
+        if found["threads"] and found.ours and found["shape"] in shapes.get(found["op"], ()):
+            by_device[found["device"]].append(found)
+    return "\n\n".join(map(_data, by_device.values()))
+
+
+def _data(comparisons: Sequence[Comparison]) -> str:
+    lines = []
+    for found in comparisons:
+        row, shape = found.ours, found["shape"]
+        rate = (row.get("tokens_per_s") or row.get("chars_per_s")) / 1e6
+        if found["op"] == "feed":
+            what, unit = f"masked batches, {shape['masking']}", f"{rate:.1f} M tokens/s"
+            what += f", {shape['objective']}" if shape["objective"] != "mlm" else ""
+            what += ", filled up" if shape["filled"] else ""
+            what += f", {shape['B']} x {shape['L']}"
+        else:
+            what, unit = f"text to shards, words {shape['words']}", f"{rate:.2f} M characters/s"
+        lines.append([what, unit, _number(found.ratio(row))])
+    heading = _heading([found.ours for found in comparisons], ("transformers",))
+    return f"{heading}\n\n{_markdown(['one core', 'speed', 'times transformers'], lines)}"
+
+
 def status(results: Results) -> str:
     """Every kernel, dtype and device: measured when, or not yet. Dtypes of which the same is to say share a line."""
     devices = results.devices | _gpus_without_rows(results)
@@ -347,6 +373,7 @@ class Table:
 _EVERYTHING = f"fastbert bench {OUT}"
 TABLES = {
     "ops": Table(ops, _EVERYTHING),
+    "data": Table(data, f"fastbert bench feed --device cpu {OUT}"),
     "models-cpu": Table(models_cpu, f"fastbert bench models --device cpu {OUT}"),
     "status": Table(status, _EVERYTHING),
     "tests": Table(tests, "make gpu SLICE=correctness"),

@@ -20,6 +20,7 @@ Columns, in this order:
     ratio                 median of the fastest rival / own median: above 1 is faster. A rival is comparable, was timed
                           the same way and, for fastbert's providers, is not fastbert's
     tokens_per_s          of models: real tokens, without padding
+    chars_per_s           of prepare: characters of text, without spaces
     mfu                   of train, in 16 bits on a GPU whose data sheet train.py knows: model FLOP utilisation in per
                           cent; its formula is in train.py
     breakdown             of train, fastbert's: name, us, calls and floor_us of each part of a step (breakdown.py)

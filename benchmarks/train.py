@@ -114,7 +114,7 @@ class TrainBenchmark(ModelBenchmark):
         scale = 1.0 if op.step.loss_scale is None else op.step.loss_scale.scale
         gradients = op.step.gradients.buffer.double() / scale
         words = op.step.model.model.embeddings.word.weight.grad.double() / scale
-        loss = op.step.progress.loss / max(batch.labels, 1)
+        loss = op.step.progress.losses[0] / max(batch.labels, 1)
         return {"grad words": words, "norm of gradients": gradients.norm(), "loss": loss}
 
     def rest(self, op: Updates | Runnable) -> None:

@@ -384,7 +384,7 @@ def test_the_separate_rotation_is_the_reference():
 # Every benchmark, once.
 
 
-@pytest.mark.parametrize("name", [name for name in (*cli.OPS, *cli.MODELS) if name != "feed"])
+@pytest.mark.parametrize("name", [name for name in (*cli.OPS, *cli.MODELS) if name not in ("feed", "prepare")])
 def test_every_benchmark_measures_ours_and_theirs(name, quick_ceilings, tmp_path, capsys):
     """All providers that need neither a compiler nor a GPU, on the tiny shape, with dropout and padding where the op
     has them."""

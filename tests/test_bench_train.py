@@ -14,7 +14,20 @@ pytestmark = pytest.mark.usefixtures("quick_ceilings")
 
 
 def test_the_feed_is_measured_alone(tmp_path):
-    argv = ["feed", "--device", "cpu", "--rounds", "2", "--out", str(tmp_path), "--shape", "B=3", "L=40"]
+    argv = [
+        "feed",
+        "--device",
+        "cpu",
+        "--rounds",
+        "2",
+        "--out",
+        str(tmp_path),
+        "--providers",
+        "fastbert",
+        "--shape",
+        "B=3",
+        "L=40",
+    ]
     for filled in (0, 1):
         assert cli.main([*argv, f"filled={filled}"]) == 0
     found = [row for row in rows.read(tmp_path) if row["op"] == "feed"]
@@ -23,6 +36,26 @@ def test_the_feed_is_measured_alone(tmp_path):
         labels, tokens = (int(word) for word in row["checked"].split() if word.isdecimal())
         assert 0.1 < labels / tokens < 0.2 and 60 < tokens <= 120
         assert 60 < row["tokens_per_s"] * row["p50_us"] / 1e6 <= 120
+
+
+def test_the_feed_stands_beside_the_collator_of_transformers(tmp_path):
+    argv = ["feed", "--device", "cpu", "--rounds", "2", "--out", str(tmp_path), "--shape", "B=3", "L=40"]
+    for masking in ("token", "whole_word", "macbert"):
+        assert cli.main([*argv, f"masking={masking}"]) == 0
+    found = {(row["provider"], row["shape"]["masking"]): row for row in rows.read(tmp_path) if row["op"] == "feed"}
+    for masking in ("token", "whole_word"):
+        labels, tokens = map(int, re.findall(r"\d+", found["transformers", masking]["checked"]))
+        assert 0.05 < labels / tokens < 0.25 and 60 < tokens <= 120
+    assert "single tokens and whole words" in found["transformers", "macbert"]["reason"]
+
+
+def test_preparing_text_is_measured(tmp_path):
+    argv = ["prepare", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path), "--shape", "copies=1"]
+    assert cli.main([*argv, "words=segmented"]) == 0
+    (row,) = [row for row in rows.read(tmp_path) if row["op"] == "prepare"]
+    tokens, characters = map(int, re.findall(r"\d+", row["checked"]))
+    assert tokens == characters > 300_000
+    assert row["chars_per_s"] * row["p50_us"] / 1e6 == pytest.approx(characters, rel=1e-3)
 
 
 def test_a_training_step_tells_tokens_and_its_parts(tmp_path, capsys):

@@ -219,12 +219,29 @@ def test_models_on_the_cpu_in_the_layout_of_the_readme():
     ]
 
 
+def test_masking_and_preparing_are_told_in_millions():
+    token, words = cli.load("feed").shapes(False)[0], cli.load("prepare").shapes(False)[1]
+    fast = {"op": "feed", "mode": "batch", "dtype": "fp32", "shape": token}
+    found = [
+        row(**fast, provider="fastbert", p50_us=1000.0, tokens_per_s=20.04e6),
+        row(**fast, provider="transformers", p50_us=8000.0, transformers="5.23.0"),
+        row(**fast | {"shape": token | {"B": 2}}, provider="fastbert", p50_us=1.0, tokens_per_s=1.0),
+        row(op="prepare", mode="text", dtype="fp32", shape=words, provider="fastbert", p50_us=1.0, chars_per_s=1.5e6),
+    ]
+    found = [each | {"device": "Some CPU", "threads": 1} for each in found]
+    assert cells(report.data(results(*found))) == [
+        ["one core", "speed", "times transformers"],
+        ["masked batches, token, 64 x 512", "20.0 M tokens/s", "8.00"],
+        ["text to shards, words segmented", "1.50 M characters/s", "-"],
+    ]
+
+
 def test_models_without_rivals_are_no_figures():
     found = model_rows({("bert", "encoder", 1.0, "fastbert"): 2.0})
     assert report.models_cpu(results(*(row for row in found if row["provider"] == "fastbert"))) == ""
 
 
-@pytest.mark.parametrize("name", ["ops", "models-cpu", "plots", "plots-floor"])
+@pytest.mark.parametrize("name", ["ops", "data", "models-cpu", "plots", "plots-floor"])
 def test_a_table_without_rows_names_the_command_that_measures_it(folder, bench, name):
     code, out, _ = bench("--results", folder(), "--table", name)
     assert code == 2 and out.startswith("Not yet measured: `fastbert bench ")
@@ -361,7 +378,11 @@ def test_a_marker_without_rows_says_so(folder, readme, bench):
 @pytest.mark.parametrize(
     "text, line, message",
     [
-        ("one\n<!-- report: speed -->\n<!-- end -->\n", 2, "got 'speed', expected one of ops, models-cpu, status"),
+        (
+            "one\n<!-- report: speed -->\n<!-- end -->\n",
+            2,
+            "got 'speed', expected one of ops, data, models-cpu, status",
+        ),
         ("<!-- report: ops -->\ntwo\n", 1, "no line <!-- end --> follows"),
         ("<!-- report: ops -->\n<!-- report: status -->\n<!-- end -->\n", 2, "inside"),
         ("one\n\n<!-- end -->\n", 3, "without"),
