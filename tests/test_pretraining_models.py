@@ -23,10 +23,11 @@ from test_train_step import Again
 
 import fastbert
 from fastbert import ops, reference
+from fastbert.data import SimilarWords
 from fastbert.errors import CheckpointError, ConfigError, DataError, DtypeError, ShapeError
 from fastbert.models import electra
 from fastbert.optim import UncorrectedAdamW, param_groups
-from fastbert.train import PretrainConfig, pretrain, setup, state
+from fastbert.train import PretrainConfig, pretrain, state
 from fastbert.train.feed import Buckets, MicroBatch, labelled
 from fastbert.train.step import TrainStep
 from fastbert.train.world import World
@@ -674,31 +675,18 @@ def test_sixteen_bits_stay_close(family, dtype, monkeypatch):
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
-class Pairs:
-    """The masked language model's batches, each sample a pair that is in order or not."""
-
-    def __init__(self, inner):
-        self._inner = inner
-
-    def __getattr__(self, name):
-        return getattr(self._inner, name)
-
-    def __len__(self):
-        return len(self._inner)
-
-    def batch(self, indices, epoch):
-        made = self._inner.batch(indices, epoch)
-        return replace(made, sentence_labels=torch.as_tensor(indices) % 2)
-
-
 @pytest.fixture
-def config(data, tmp_path, monkeypatch):  # noqa: F811
-    objective = setup.objective
-    pairs = lambda config, *rest: (  # noqa: E731
-        Pairs(objective(config, *rest)) if "+" in config.objective else objective(config, *rest)
-    )
-    monkeypatch.setattr(setup, "objective", pairs)
+def config(data, tmp_path):  # noqa: F811
     return PretrainConfig(data=str(data), out=str(tmp_path / "run"), model=TINY, **SETTINGS)
+
+
+def learning(config, objective, **changes):
+    """A config for another objective, with what goes with it."""
+    own = {"masking": None, "packing": None, "mask_actions": []}
+    if objective == "mac+sop":
+        own["similar_words"] = str(Path(config.out).with_name("similar.txt"))
+        SimilarWords({"天地": ["山川", "日月"], "山川": ["风雨"], "草木": ["人心"]}).write(own["similar_words"])
+    return replace(config, objective=objective, **own | changes)
 
 
 def records(out, event):
@@ -717,7 +705,7 @@ def records(out, event):
 )
 def test_runs_of_two_heads_tell_both_losses(config, family, objective, kind, term):
     changes = {"embedding_size": 8} if family == "albert" else {}
-    result = pretrain(replace(config, variant=family, objective=objective, model=TINY | changes, steps=4))
+    result = pretrain(learning(config, objective, variant=family, model=TINY | changes, steps=4))
     assert type(fastbert.from_pretrained(result.model)) is kind
     for event in ("train", "validation"):
         record = records(config.out, event)[-1]
@@ -746,7 +734,7 @@ def interrupted_and_resumed(config, monkeypatch):
 @pytest.mark.parametrize(("family", "objective"), [("electra", "rtd"), ("bert", "mlm+nsp")])
 def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, monkeypatch, family, objective):
     changes = {"embedding_size": 8} if family == "electra" else {}
-    config = replace(config, variant=family, objective=objective, model=TINY | changes, log_every=3)
+    config = learning(config, objective, variant=family, model=TINY | changes, log_every=3)
     whole = replace(config, out=str(tmp_path / "whole"))
     pretrain(whole)
     interrupted_and_resumed(config, monkeypatch)
@@ -798,7 +786,7 @@ def test_a_checkpoint_from_before_there_were_terms_resumes(config, tmp_path, mon
 
 def test_learning_to_tell_replaced_words(config):
     model = TINY | NO_DROPOUT | {"embedding_size": 16}
-    config = replace(config, variant="electra", objective="rtd", model=model, batch_size=32, validate_every=0)
+    config = learning(config, "rtd", variant="electra", model=model, batch_size=32, validate_every=0)
     pretrain(replace(config, steps=120, lr=1e-2, log_every=20, checkpoint_every=0, packing="single"))
     train = records(config.out, "train")
     assert train[-1]["discriminator_loss"] < 0.8 * train[0]["discriminator_loss"]
@@ -819,7 +807,7 @@ def test_learning_to_tell_replaced_words(config):
 )
 def test_what_cannot_work_is_an_error_before_the_first_step(config, change, said):
     with pytest.raises(ConfigError, match=said):
-        pretrain(replace(config, **change))
+        pretrain(learning(config, **{"objective": "mlm"} | change))
     assert not (Path(config.out) / "checkpoints").exists()
 
 
