@@ -11,6 +11,7 @@ from fastbert.data.arrays import first_of
 MOST_SAMPLES = 1 << 16  # in one batch; a sample holds fewer than 2^16 pieces
 _GOLDEN = 0x9E3779B97F4A7C15
 _FULL = (1 << 64) - 1
+_ALL = np.uint64(1 << 32)
 # What random numbers are drawn for; new purposes go at the end, so that old runs resume with the numbers they had.
 ORDER, ACTION, REPLACEMENT, SHUFFLE, SPAN, COUNT, CHOICE, SPLIT, SECOND, PLACE, LENGTH = range(11)
 
@@ -55,21 +56,44 @@ def unit(numbers: np.ndarray) -> np.ndarray:
 
 
 def shuffled(keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Item numbers 0 .. sum(counts)-1, sample by sample, those of each sample in its own random order (int64).
+    """Item numbers 0 .. sum(counts)-1, sample by sample, those of each sample in its own random order (int64)."""
+    return Shuffle(keys, counts).until(np.full(len(counts), np.inf))[0]
 
-    One sort of a packed word serves the whole batch: sample number (16 bits), random number (32), item within the
-    sample (16).
+
+class Shuffle:
+    """A random order of the items of each sample, of which one part after the other is made: mostly, few are needed.
+
+    keys uint64 [B], counts int64 [B]. An item's place is that of a random number of 32 bits; one sort of a packed word
+    serves the whole batch: sample number (16 bits), random number (32), item within the sample (16).
     """
-    first = np.repeat(first_of(counts), counts)
-    item = np.arange(len(first), dtype=np.int64) - first
-    order = draw(np.repeat(stream(keys, ORDER), counts), item)
-    order >>= np.uint64(16)
-    order &= np.uint64(0x0000_FFFF_FFFF_0000)
-    order |= np.repeat(np.arange(len(counts), dtype=np.uint64) << np.uint64(48), counts)
-    order |= item.astype(np.uint64)
-    order.sort()
-    order &= np.uint64(0xFFFF)
-    return order.astype(np.int64) + first
+
+    def __init__(self, keys: np.ndarray, counts: np.ndarray):
+        self._counts, self._first = counts, first_of(counts)
+        self._sample = np.repeat(np.arange(len(counts)), counts)
+        item = np.arange(len(self._sample), dtype=np.int64) - self._first[self._sample]
+        self._lots = draw(stream(keys, ORDER)[self._sample], item) >> np.uint64(32)
+        self._done = np.zeros(len(counts), np.uint64)
+
+    @property
+    def unfinished(self) -> np.ndarray:
+        """Of which samples there is more (bool [B])."""
+        return self._done < _ALL
+
+    def until(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The next items of each sample, in its order: about so many that `wanted` (float [B]) have come in all, or all
+        there are; and the sample of each (int64). Nothing of a sample of which 0 are wanted."""
+        share = np.minimum(wanted / np.maximum(self._counts, 1), 1)
+        limit = np.maximum((share * float(_ALL)).astype(np.uint64), self._done)
+        items = np.flatnonzero((self._lots >= self._done[self._sample]) & (self._lots < limit[self._sample]))
+        self._done = limit
+        sample = self._sample[items]
+        order = self._lots[items]
+        order <<= np.uint64(16)
+        order |= sample.astype(np.uint64) << np.uint64(48)
+        order |= (items - self._first[sample]).astype(np.uint64)
+        order.sort()
+        order &= np.uint64(0xFFFF)
+        return order.astype(np.int64) + self._first[sample], sample
 
 
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 
 from fastbert.data.arrays import expand, first_of
 from fastbert.data.checks import check
-from fastbert.data.draws import ACTION, CHOICE, COUNT, ORDER, REPLACEMENT, below, draw, shuffled, stream, unit
+from fastbert.data.draws import ACTION, CHOICE, COUNT, ORDER, REPLACEMENT, Shuffle, below, draw, shuffled, stream, unit
 from fastbert.data.spans import Chosen, select_spans, word_runs
 from fastbert.errors import ConfigError
 
@@ -188,7 +188,13 @@ def _show_words(
 
 def _select_pieces(keys: np.ndarray, lengths: np.ndarray, budget: np.ndarray) -> Chosen:
     """Exactly `budget` pieces of each sample, without replacement."""
-    first = shuffled(keys, lengths)[expand(first_of(lengths), budget)]
+    shuffle = Shuffle(keys, lengths)
+    wanted = budget + 4 * np.sqrt(budget) + 8
+    order, sample = shuffle.until(wanted)
+    there = np.bincount(sample, minlength=len(lengths))
+    if (there < budget).any():
+        order, there = shuffled(keys, lengths), lengths
+    first = order[expand(first_of(there), budget)]
     return Chosen(first, np.ones_like(first), np.arange(len(first)))
 
 

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from fastbert.data.arrays import expand, first_of
-from fastbert.data.draws import SPAN, draw, shuffled, stream, unit
+from fastbert.data.draws import SPAN, Shuffle, draw, stream, unit
 
 _FEW = 16  # pieces
+_MORE = 4  # times as many starts are looked at where the first were not enough
 
 
 class Chosen(NamedTuple):
@@ -55,30 +56,34 @@ def select_spans(
     """Words by the rule above. keys uint64 [B]; lengths int64 [B] in pieces, at least 1; budget int64 [B] in pieces;
     word_start uint8 [sum of lengths]; weights: of spans of 1, 2, ... words."""
     begin, size, words = word_runs(lengths, word_start)
-    order = shuffled(keys, words)
+    shuffle = Shuffle(keys, words)
+    mean = np.dot(np.arange(1, len(weights) + 1), weights) / np.sum(weights)
+    wanted = 1.5 * budget / (mean * size.mean()) + 8  # starts of a sample that are looked at first
     if len(weights) == 1:
-        taken = _single_words(order, size, words, budget)
+        taken = _single_words(shuffle, wanted, size, budget)
         return Chosen(begin[taken], size[taken], np.arange(len(taken)))
-    start, count = _Spans(keys, size, words, budget, weights).select(order)
+    start, count = _Spans(keys, size, words, budget, weights).select(shuffle, wanted)
     taken = expand(start, count)
     return Chosen(begin[taken], size[taken], np.repeat(np.arange(len(start)), count))
 
 
-def _single_words(order: np.ndarray, size: np.ndarray, words: np.ndarray, budget: np.ndarray) -> np.ndarray:
+def _single_words(shuffle: Shuffle, wanted: np.ndarray, size: np.ndarray, budget: np.ndarray) -> np.ndarray:
     """The rule for spans of one word, which never touch one another."""
-    sample = np.repeat(np.arange(len(words)), words)
-    left, chosen = budget.copy(), []
-    while len(order):
-        # Of the words that fit, take those before the first that no longer does; go on after it with what still fits.
-        fits = size[order] <= left[sample]
-        order, sample = order[fits], sample[fits]
-        used = np.cumsum(size[order])
-        head = np.flatnonzero(np.diff(sample, prepend=-1))
-        used -= np.repeat((used - size[order])[head], np.diff(head, append=len(sample)))
-        taken = used <= left[sample]
-        chosen.append(order[taken])
-        left -= np.bincount(sample[taken], size[order[taken]], len(left)).astype(np.int64)
-        order, sample = order[~taken], sample[~taken]
+    left, chosen = budget.copy(), [np.zeros(0, np.int64)]
+    while ((left > 0) & shuffle.unfinished).any():
+        order, sample = shuffle.until(np.where(left > 0, wanted, 0))
+        wanted = _MORE * wanted
+        while len(order):
+            # Of the words that fit, take those before the first that no longer does; go on after it with what fits.
+            fits = size[order] <= left[sample]
+            order, sample = order[fits], sample[fits]
+            used = np.cumsum(size[order])
+            head = np.flatnonzero(np.diff(sample, prepend=-1))
+            used -= np.repeat((used - size[order])[head], np.diff(head, append=len(sample)))
+            taken = used <= left[sample]
+            chosen.append(order[taken])
+            left -= np.bincount(sample[taken], size[order[taken]], len(left)).astype(np.int64)
+            order, sample = order[~taken], sample[~taken]
     return np.concatenate(chosen)
 
 
@@ -87,28 +92,18 @@ class _Spans:
 
     def __init__(self, keys, size, words, budget, weights):
         self.ends = np.concatenate([[0], np.cumsum(size)])  # piece borders of words
-        self.words, self.first = words, first_of(words)
+        self.first = first_of(words)
         self.last = self.first + words
         self.left, self.taken = budget.copy(), np.zeros(len(size), bool)
         self.streams, self.cumulated = stream(keys, SPAN), np.cumsum(weights, dtype=np.float64)
-        mean = np.dot(np.arange(1, len(weights) + 1), weights) / self.cumulated[-1] * size.mean()
-        self.window = int(1.5 * budget.max() / mean) + 8
 
-    def select(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def select(self, shuffle: Shuffle, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First word and number of words of each span that is taken."""
-        found, tried = [], np.zeros(len(self.words), np.int64)
-        while True:
-            open_samples = np.flatnonzero((self.left > 0) & (tried < self.words))
-            if not len(open_samples):
-                break
-            size = np.minimum(self.window, (self.words - tried)[open_samples])
-            start = order[expand((self.first + tried)[open_samples], size)]
-            sample = np.repeat(open_samples, size)
-            tried[open_samples] += size
-            self.window *= 2
+        found = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
+        while ((self.left > 0) & shuffle.unfinished).any():
+            start, sample = shuffle.until(np.where(self.left > 0, wanted, 0))
+            wanted = _MORE * wanted
             found += self._take(start, self._counts(start, sample), sample)
-        if not found:
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
         start, count = (np.concatenate(part) for part in zip(*found, strict=True))
         return start, count
 
@@ -191,20 +186,19 @@ class _Spans:
         """Which spans would be taken, one after the other, if there were no budget (bool)."""
         accepted, taken = np.zeros(len(start), bool), self.taken.copy()
         owner = np.empty(len(taken), np.int64)
-        open_spans = np.arange(len(start))
+        undecided, cells = np.arange(len(start)), expand(start, count)
         while True:
-            cells, heads = expand(start[open_spans], count[open_spans]), first_of(count[open_spans])
-            free = ~np.logical_or.reduceat(taken[cells], heads)
-            open_spans = open_spans[free]
-            if not len(open_spans):
+            sizes = count[undecided]
+            free = ~np.logical_or.reduceat(taken[cells], first_of(sizes))
+            cells, undecided, sizes = cells[np.repeat(free, sizes)], undecided[free], sizes[free]
+            if not len(undecided):
                 return accepted
-            cells, heads = expand(start[open_spans], count[open_spans]), first_of(count[open_spans])
-            number = np.repeat(open_spans, count[open_spans])
+            number = np.repeat(undecided, sizes)
             owner[cells[::-1]] = number[::-1]  # of those that touch a word, the first one stays
-            wins = np.logical_and.reduceat(owner[cells] == number, heads)
-            won = open_spans[wins]
-            accepted[won] = True
-            taken[expand(start[won], count[won])] = True
-            open_spans = open_spans[~wins]
-            if not len(open_spans):
+            wins = np.logical_and.reduceat(owner[cells] == number, first_of(sizes))
+            accepted[undecided[wins]] = True
+            won = np.repeat(wins, sizes)
+            taken[cells[won]] = True
+            cells, undecided = cells[~won], undecided[~wins]
+            if not len(undecided):
                 return accepted
