@@ -258,17 +258,14 @@ def _data(comparisons: Sequence[Comparison]) -> str:
     lines = []
     for found in comparisons:
         row, shape = found.ours, found["shape"]
-        rate = (row.get("tokens_per_s") or row.get("chars_per_s")) / 1e6
+        what, unit = f"text to shards, words {shape.get('words')}", "characters"
         if found["op"] == "feed":
-            what, unit = f"masked batches, {shape['masking']}", f"{rate:.1f} M tokens/s"
-            what += f", {shape['objective']}" if shape["objective"] != "mlm" else ""
-            what += ", filled up" if shape["filled"] else ""
-            what += f", {shape['B']} x {shape['L']}"
-        else:
-            what, unit = f"text to shards, words {shape['words']}", f"{rate:.2f} M characters/s"
-        lines.append([what, unit, _number(found.ratio(row))])
+            more = [shape["masking"], shape["objective"], *["filled up"] * shape["filled"]]
+            what, unit = f"masked batches {shape['B']} x {shape['L']}: {', '.join(more)}", "tokens"
+        rate = row.get("tokens_per_s" if unit == "tokens" else "chars_per_s") / 1e6
+        lines.append([what, f"{rate:.1f} M {unit}/s", _number(found.ratio(row))])
     heading = _heading([found.ours for found in comparisons], ("transformers",))
-    return f"{heading}\n\n{_markdown(['one core', 'speed', 'times transformers'], lines)}"
+    return f"{heading}\n\n{_markdown(['on one core', 'speed', 'times transformers'], lines)}"
 
 
 def status(results: Results) -> str:

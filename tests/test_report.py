@@ -230,9 +230,9 @@ def test_masking_and_preparing_are_told_in_millions():
     ]
     found = [each | {"device": "Some CPU", "threads": 1} for each in found]
     assert cells(report.data(results(*found))) == [
-        ["one core", "speed", "times transformers"],
-        ["masked batches, token, 64 x 512", "20.0 M tokens/s", "8.00"],
-        ["text to shards, words segmented", "1.50 M characters/s", "-"],
+        ["on one core", "speed", "times transformers"],
+        ["masked batches 64 x 512: token, mlm", "20.0 M tokens/s", "8.00"],
+        ["text to shards, words segmented", "1.5 M characters/s", "-"],
     ]
 
 

@@ -58,7 +58,10 @@ class SimilarPieces:
         self._first_of_size = first_of(self._count_of_size)
         keys, counts, choices = _choices(table, run_of, size.tolist(), forms, among, progress)
         self.fingerprint = _sha256(self._pieces, size, self._ordinary, keys, counts, choices)
-        self._choices = np.append(self._first[choices], 0)  # where their pieces begin; the last one is for no key
+        # Numbers of 32 bits from here on: a look-up is as slow as its way to memory. choices: where the pieces of each
+        # begin; the last one is for no key.
+        self._choices = np.append(self._first[choices], 0).astype(np.int32)
+        self._pieces = self._pieces.astype(np.int32)
         entries = np.stack([self._first[keys], size[keys], first_of(counts), counts], 1)
         self._build_index(entries, tokenizer.vocab_size)
 
@@ -94,7 +97,7 @@ class SimilarPieces:
         kind = np.minimum(size, len(self._count_of_size) - 1)
         count = np.where(kind == size, self._count_of_size[kind], 0)
         run = self._by_size.take(self._first_of_size[kind] + _pick(draw, count), mode="clip")
-        pieces = self._pieces.take(self._first[run][word] + place, mode="clip")
+        pieces = self._pieces.take(self._first[run][word] + place, mode="clip").astype(np.int64)
         alone = np.flatnonzero((count == 0)[word])
         lots = draw_at(draw[word[alone]], place[alone])
         pieces[alone] = self._ordinary[_pick(lots, len(self._ordinary))]
@@ -118,9 +121,9 @@ class SimilarPieces:
         bits = 1 + (_BUCKETS * len(entries)).bit_length()
         self._shift = np.uint64(64 - bits)
         buckets = np.bincount((hashes >> self._shift).astype(np.int64), minlength=1 << bits)
-        self._bucket, self._steps = first_of(buckets), int(buckets.max()) - 1
+        self._bucket, self._steps = first_of(buckets).astype(np.int32), int(buckets.max()) - 1
         self._hashes = np.append(hashes[order], np.uint64(_FULL))
-        self._entries = np.append(entries[order], [[0, 0, len(self._choices) - 1, 0]], 0)
+        self._entries = np.append(entries[order], [[0, 0, len(self._choices) - 1, 0]], 0).astype(np.int32)
 
     def _hash(self, pieces: np.ndarray, size: np.ndarray, place: np.ndarray) -> np.ndarray:
         """A uint64 for each run: the sum of products of one random number for each piece and one for its place."""
