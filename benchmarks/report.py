@@ -247,7 +247,7 @@ def _models(comparisons: Sequence[Comparison]) -> str:
 
 def data(results: Results) -> str:
     """Masking and preparing text on one core of each CPU: millions of tokens or characters in a second."""
-    by_device, shapes = defaultdict(list), {op: cli.load(op).shapes(False) for op in ("feed", "prepare")}
+    shapes, by_device = {op: cli.load(op).shapes(False) for op in ("feed", "prepare")}, defaultdict(list)
     for found in results.comparisons:
         if found["threads"] and found.ours and found["shape"] in shapes.get(found["op"], ()):
             by_device[found["device"]].append(found)
@@ -258,14 +258,13 @@ def _data(comparisons: Sequence[Comparison]) -> str:
     lines = []
     for found in comparisons:
         row, shape = found.ours, found["shape"]
-        what, unit = f"text to shards, words {shape.get('words')}", "characters"
+        what, unit, figure = f"text to shards, words {shape.get('words')}", "characters", "chars_per_s"
         if found["op"] == "feed":
-            more = [shape["masking"], shape["objective"], *["filled up"] * shape["filled"]]
-            what, unit = f"masked batches {shape['B']} x {shape['L']}: {', '.join(more)}", "tokens"
-        rate = row.get("tokens_per_s" if unit == "tokens" else "chars_per_s") / 1e6
-        lines.append([what, f"{rate:.1f} M {unit}/s", _number(found.ratio(row))])
-    heading = _heading([found.ours for found in comparisons], ("transformers",))
-    return f"{heading}\n\n{_markdown(['on one core', 'speed', 'times transformers'], lines)}"
+            kind = f"{shape['masking']}, {shape['objective']}{', filled up' * shape['filled']}"
+            what, unit, figure = f"masked batches {shape['B']} x {shape['L']}: {kind}", "tokens", "tokens_per_s"
+        lines.append([what, f"{row[figure] / 1e6:.1f} M {unit}/s", _number(found.ratio(row))])
+    table = _markdown(["on one core", "speed", "times transformers"], lines)
+    return f"{_heading([found.ours for found in comparisons], ['transformers'])}\n\n{table}"
 
 
 def status(results: Results) -> str:

@@ -27,14 +27,18 @@ class Strategy(NamedTuple):
 
     weights: tuple[float, ...] | None
     action: str
-    masks: bool = True
+
+    @property
+    def masks(self) -> bool:
+        """Whether [MASK] is shown; otherwise words are replaced by similar ones."""
+        return self.action != "word"
 
 
 STRATEGIES = {
     "token": Strategy(None, "piece"),
     "whole_word": Strategy((1.0,), "piece"),
     "ngram": Strategy((1.0, 1 / 2, 1 / 3), "piece"),
-    "macbert": Strategy((0.4, 0.3, 0.2, 0.1), "word", masks=False),
+    "macbert": Strategy((0.4, 0.3, 0.2, 0.1), "word"),
     "span": Strategy(tuple(0.2 * 0.8**n for n in range(10)), "span"),
 }
 
@@ -140,26 +144,28 @@ class Masking:
         """What the model sees in place of chosen pieces (int64). keys uint64 [W] and positions int64 [W] (of its first
         piece, within its sample) of each chosen word; ids int64: its pieces, word after word."""
         size, strategy = chosen.size, STRATEGIES[self.strategy]
+        if strategy.action == "word":
+            kinds = self._kinds(draw(stream(keys, ACTION), positions))
+            return _show_words(keys, positions, size, ids, *kinds, vocabulary.similar)
         inner = np.arange(len(ids)) - np.repeat(first_of(size), size)
         piece_keys, piece_positions = np.repeat(keys, size), np.repeat(positions, size) + inner
         if strategy.action == "piece":
             action = draw(stream(piece_keys, ACTION), piece_positions)
         else:
-            if strategy.action == "span":
-                heads = np.flatnonzero(np.diff(chosen.span, prepend=-1))
-                positions = np.repeat(positions[heads], np.diff(heads, append=len(positions)))
-            action = draw(stream(keys, ACTION), positions)
-            if strategy.masks:
-                action = np.repeat(action, size)
-        replaced = action < _share(self.actions[0] + self.actions[1])
-        random = replaced & (action >= _share(self.actions[0]))
-        if not strategy.masks:
-            return _show_words(keys, positions, size, ids, replaced & ~random, random, vocabulary.similar)
-        shown = np.where(replaced, vocabulary.mask_id, ids)
+            heads = np.flatnonzero(np.diff(chosen.span, prepend=-1))
+            of_spans = np.repeat(positions[heads], np.diff(heads, append=len(positions)))
+            action = np.repeat(draw(stream(keys, ACTION), of_spans), size)
+        masked, random = self._kinds(action)
+        shown = np.where(masked, vocabulary.mask_id, ids)
         random = np.flatnonzero(random)
         lot = draw(stream(piece_keys[random], REPLACEMENT), piece_positions[random])
         shown[random] = vocabulary.ordinary[below(lot, len(vocabulary.ordinary))]
         return shown
+
+    def _kinds(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is masked (or replaced by a similar word), and what is replaced by a random piece (bool)."""
+        masked = action < _share(self.actions[0])
+        return masked, ~masked & (action < _share(self.actions[0] + self.actions[1]))
 
 
 def _show_words(
@@ -174,15 +180,12 @@ def _show_words(
     """MacBERT's words: similar ones where asked for and there is one, else random ones of as many pieces."""
     first, shown = first_of(size), ids.copy()
     words = np.flatnonzero(similar)
-    found, pieces = table.replacements(
-        ids, first[words], size[words], draw(stream(keys[words], CHOICE), positions[words])
-    )
+    lots = draw(stream(keys[words], CHOICE), positions[words])
+    found, pieces = table.replacements(ids, first[words], size[words], lots)
     shown[expand(first[words], size[words])] = pieces
-    random = random.copy()
-    random[words[~found]] = True
-    words = np.flatnonzero(random)
-    pieces = table.random_words(size[words], draw(stream(keys[words], REPLACEMENT), positions[words]))
-    shown[expand(first[words], size[words])] = pieces
+    words = np.concatenate([np.flatnonzero(random), words[~found]])
+    lots = draw(stream(keys[words], REPLACEMENT), positions[words])
+    shown[expand(first[words], size[words])] = table.random_words(size[words], lots)
     return shown
 
 
