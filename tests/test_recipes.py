@@ -172,6 +172,8 @@ def test_the_plan_says_what_is_missing(capsys):
     assert "fastbert prepare similar-words" in out and "bert-base-chinese" in out and "mac+sop" in out
     assert re.search(r"length-512 +512 +1,000,000 +384 +0.0001 +197 G +- +-\n", out)
     assert "neither data nor files is set" in fails(capsys, "pretrain", "--recipe", "macbert-base")
+    assert "data 'none' does not exist" in fails(capsys, "pretrain", "--recipe", "bert-wwm", "--data", "none")
+    assert "manifest.json does not exist" in fails(capsys, "pretrain", "--recipe", "bert-wwm", "--data", ".")
 
 
 def small(corpus):

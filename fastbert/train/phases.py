@@ -37,7 +37,7 @@ def run_recipe(recipe: Recipe | str, explain_only: bool = False, **changes) -> P
         if world.is_main:
             if not explain_only:
                 _check_folders(configs)
-            _prepare(recipe, configs[0], changes)
+                _prepare(recipe, configs[0], changes)
             plan = Plan.of(recipe, configs, world)
             print(plan, flush=True)
             if not explain_only:

@@ -10,7 +10,7 @@ import torch
 
 from fastbert import EncoderConfig
 from fastbert.data import MASKINGS, OBJECTIVES, Corpus
-from fastbert.errors import ConfigError, MissingFileError
+from fastbert.errors import ConfigError
 from fastbert.train import setup
 from fastbert.train.config import PretrainConfig
 from fastbert.train.feed import micro_batch
@@ -125,12 +125,9 @@ def _global_batch(config: PretrainConfig, world: World) -> int:
 
 
 def _corpus(config: PretrainConfig) -> Corpus | None:
-    if config.data is None:
-        return None
-    try:
-        return Corpus.open(config.data, verify=False)
-    except MissingFileError:
-        return None
+    """The corpus of a run, None if it is not there yet."""
+    there = config.data is not None and Path(config.data).exists()
+    return Corpus.open(config.data, verify=False) if there else None
 
 
 def _about(recipe: Recipe) -> str:
