@@ -9,6 +9,7 @@ from chances import chi_square
 
 from fastbert.data import LEVELS, MASKINGS, MaskedLM, SimilarPieces, SimilarWords
 from fastbert.data.arrays import expand
+from fastbert.data.draws import sample_keys
 from fastbert.train.recipe_demo import TEXT
 
 WORDS = 1_121_447
@@ -79,15 +80,27 @@ def test_words_rates_and_proportions(corpora, masking, similar):
     # One random piece of all is the piece itself.
     again = 1 / (tokenizer.vocab_size - len(tokenizer.special_ids))
     assert (kept | chosen).all()
-    if masking == "span":  # one action for all words of a span, of which a word tells it, as spans may touch
-        masked, other = (shown == tokenizer.mask_id)[chosen].mean(), (kept & chosen).sum() / chosen.sum()
-        assert masked == pytest.approx(0.8, abs=0.01) and other == pytest.approx(0.1, abs=0.01)
-        mixed = np.add.reduceat((shown == tokenizer.mask_id) & chosen, heads, dtype=np.int64)[whole == 1]
-        assert np.isin(mixed / size[whole == 1], (0, 1)).all()
-        return
+    if masking == "span":  # one action for all words of a span, which its first piece tells
+        heads = [first_pieces_of_spans(split, tokenizer, options) for split in splits]
+        spans = np.concatenate([heads[0], heads[1] + splits[0].tokens])
+        assert chosen[spans].all()
+        chosen = np.isin(np.arange(len(truth)), spans)
     counts = [((shown == tokenizer.mask_id) & chosen).sum(), (kept & chosen).sum()]
     counts.append(chosen.sum() - sum(counts))
     assert chi_square(counts, [0.8, 0.1 + 0.1 * again, 0.1 - 0.1 * again]) > 0.01
+
+
+def first_pieces_of_spans(split, tokenizer, options):
+    """Where in the text of a split the chosen spans begin, as the objective chooses them."""
+    objective, (shard,) = MaskedLM(split, tokenizer, **options), split.shards
+    found = []
+    for begin in range(0, len(objective), 2000):
+        indices = np.arange(begin, min(begin + 2000, len(objective)))
+        start, end = objective.samples.start[indices], objective.samples.end[indices]
+        text = slice(start[0], end[-1])  # samples lie one behind the other
+        chosen = objective.masking.choose(sample_keys(1, 0, indices), end - start, shard.word_start[text])
+        found.append(start[0] + chosen.first[np.flatnonzero(np.diff(chosen.span, prepend=-1))])
+    return np.concatenate(found)
 
 
 def check_words(shown, truth, first, size, tokenizer, table):
