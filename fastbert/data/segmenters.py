@@ -311,15 +311,20 @@ def _ltp(model: str | Path | None) -> Callable[[Sequence[Row], list[str]], list[
         from ltp import LTP
     except ImportError as error:
         raise _missing("ltp") from error
-    import torch
 
-    ltp = LTP(str(model))
-    if torch.cuda.is_available():
-        ltp.to("cuda")
+    @cache
+    def loaded() -> LTP:
+        """The model, in the processes that cut text and not in one that only checks what was asked."""
+        import torch
+
+        ltp = LTP(str(model))
+        if torch.cuda.is_available():
+            ltp.to("cuda")
+        return ltp
 
     def cut(rows: Sequence[Row], texts: list[str]) -> list[list[str]]:
         parts = [[text] if len(text) <= _LTP_LONGEST else _LTP_PARTS.findall(text) for text in texts]
-        flat = list(chain.from_iterable(parts))
+        flat, ltp = list(chain.from_iterable(parts)), loaded()
         words = []
         for begin in range(0, len(flat), _LTP_BATCH):
             words += ltp.pipeline(flat[begin : begin + _LTP_BATCH], tasks=["cws"]).cws

@@ -16,7 +16,7 @@ import torch
 
 import fastbert
 from fastbert import EncoderConfig, checkpoint, from_pretrained
-from fastbert.data import MASKINGS, Corpus, MaskedLM, SimilarPieces, SimilarWords, Tokenizer, prepare
+from fastbert.data import Corpus, MaskedLM, SimilarPieces, SimilarWords, Tokenizer, prepare
 from fastbert.data.preparation import check_request
 from fastbert.errors import CheckpointError, ConfigError, DataError, MissingFileError
 from fastbert.models import CLASSES
@@ -221,17 +221,8 @@ def check_labels(objective: MaskedLM) -> None:
 
 
 def similar_pieces(config: PretrainConfig, tokenizer: Tokenizer) -> SimilarPieces | None:
-    """The table that `config` names, as the tokenizer sees it. ConfigError: masking macbert without one, or the
-    reverse."""
-    needed = not MASKINGS[config.masking].masks
-    if needed == (config.similar_words is not None):
-        return SimilarPieces(SimilarWords.read(config.similar_words), tokenizer) if needed else None
-    if needed:
-        raise ConfigError(
-            "masking 'macbert' needs similar_words, a table: `fastbert prepare similar-words` makes one of word "
-            "vectors, of a thesaurus or of your text"
-        )
-    raise ConfigError(f"similar_words is {config.similar_words!r} with masking {config.masking!r}, expected 'macbert'")
+    """The table that `config` names, as the tokenizer sees it, if it names one."""
+    return SimilarPieces(SimilarWords.read(config.similar_words), tokenizer) if config.similar_words else None
 
 
 def objective(
