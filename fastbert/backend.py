@@ -59,9 +59,10 @@ def pick(op: str, predicates: Mapping[str, Predicate], asked: str | None, *args)
     raise BackendError(f"no backend can serve {op}: {'; '.join(reasons)}")
 
 
-def is_asked_for(name: str) -> bool:
-    """Whether the context or the environment asks for this backend."""
-    return _asked_around() == name
+def is_asked_for(name: str | None = None) -> bool:
+    """Whether the context or the environment asks for this backend; without a name, for any."""
+    asked = _asked_around()
+    return asked is not None if name is None else asked == name
 
 
 def serves(*_args) -> None:

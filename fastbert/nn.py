@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastbert import ops
 from fastbert.config import EncoderConfig
-from fastbert.ops.branch_linear import branch_linear
+from fastbert.ops.branch_linear import branch_linear, pays_off
 from fastbert.ops.encoder_layers import ACTIVATIONS
 from fastbert.ops.shared_linear import SharedWeight, can_share, share, shared_branch, widened
 
@@ -31,19 +31,19 @@ class Weights:
 
     def branch(self, x: Tensor, *modules: nn.Module) -> Sequence[Tensor]:
         """What each of the modules, linear layers, makes of x, and x again, for the residual connection."""
-        if all(is_plain(module, nn.Linear) for module in modules):
+        if pays_off(x) and all(is_plain(module, nn.Linear) for module in modules):
             return branch_linear(x, [module.weight for module in modules], [module.bias for module in modules])
         return *(module(x) for module in modules), x
 
     def product(self, x: Tensor, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         """x W' and b, for an op that adds b by itself; or the module's result and None."""
-        if is_plain(module, nn.Linear):
+        if pays_off(x) and is_plain(module, nn.Linear):
             return F.linear(x, module.weight), module.bias
         return module(x), None
 
     def activated(self, x: Tensor, module: nn.Module, hidden_act: str) -> tuple[Tensor, Tensor]:
         """act(x W' + b), and x again, for the residual connection."""
-        if hidden_act in _GELU and is_plain(module, nn.Linear):
+        if hidden_act in _GELU and pays_off(x) and is_plain(module, nn.Linear):
             product, x = branch_linear(x, [module.weight], [None])
             return ops.bias_gelu(product, module.bias, approximate=_GELU[hidden_act]), x
         act = partial(F.gelu, approximate=_GELU[hidden_act]) if hidden_act in _GELU else _OTHER[hidden_act]
@@ -61,11 +61,16 @@ MODULES = Weights()
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call does just what `kind` does: not replaced, wrapped (adapter, quantisation, sharding), patched or
     hooked."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooked = any(getattr(module, name) for name in hooks) or any(
-        getattr(nn.modules.module, f"_global{name}") for name in hooks
-    )
-    return type(module) is kind and "forward" not in module.__dict__ and not hooked
+    # asked of every layer in every forward pass, so without a loop
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) is kind and "forward" not in module.__dict__ and not hooked and not hooked_everywhere()
+
+
+def hooked_everywhere() -> bool:
+    """Whether there are hooks for all modules."""
+    every = nn.modules.module
+    forward = every._global_forward_hooks or every._global_forward_pre_hooks
+    return bool(forward or every._global_backward_hooks or every._global_backward_pre_hooks)
 
 
 class Embeddings(nn.Module):
@@ -94,17 +99,43 @@ class Embeddings(nn.Module):
     ) -> Tensor:
         x = ops.embedding_layer_norm(
             input_ids,
-            self.word.weight,
+            _table(self.word),
             self.norm.weight,
             self.norm.bias,
             token_type_ids=token_type_ids,
-            token_type_embeddings=self.token_type.weight,
+            token_type_embeddings=_table(self.token_type),
             position_ids=position_ids,
-            position_embeddings=None if self.position is None else self.position.weight,
+            position_embeddings=None if self.position is None else _table(self.position),
             eps=self.norm.eps,
             dropout_p=self.dropout_p if self.training else 0.0,
         )
         return x if self.projection is None else self.projection(x)
+
+
+def _table(embedding: nn.Embedding) -> Tensor:
+    """The rows of an embedding `[V, C]`. That of its padding_idx, if it has one (ours have none), gets no gradient."""
+    if embedding.padding_idx is None or not torch.is_grad_enabled():
+        return embedding.weight
+    return _FreezeRow.apply(embedding.weight, embedding.padding_idx)
+
+
+class _FreezeRow(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(table, row):
+        return table.view_as(table)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.row = inputs[1]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if torch.is_grad_enabled():  # create_graph: it may be read again
+            gradient = gradient.clone()
+        gradient[ctx.row] = 0  # in place: a lookup makes the gradient of its table for nobody else
+        return gradient, None
 
 
 class SelfAttention(nn.Module):
@@ -160,7 +191,8 @@ ATTENTIONS = {"absolute": SelfAttention, "rotary": RotarySelfAttention, "relativ
 
 
 class EncoderLayer(nn.Module):
-    """The post-LN block of BERT: y = LN(x + dropout(attention(x))), z = LN(y + dropout(W2 act(W1 y + b1) + b2)).
+    """The post-LN block of BERT: y = LN(x + dropout(attention(x))), z = LN(y + dropout(W2 act(W1 y + b1) + b2)), with
+    dropout_p on the first and output_dropout_p on the second.
 
     forward(x, rows=None, **sequences): with rows, int64 `[N]`, of packed x `[T, C]` only these rows of z, `[N, C]`:
     all are attended to, the rest of the layer is computed for these.
@@ -168,7 +200,8 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
-        self.dropout_p, self.hidden_act = config.hidden_dropout_prob, config.hidden_act
+        self.dropout_p = self.output_dropout_p = config.hidden_dropout_prob
+        self.hidden_act = config.hidden_act
         self.attention = ATTENTIONS[config.attention](config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -182,14 +215,20 @@ class EncoderLayer(nn.Module):
         if rows is not None:
             o, x = o.index_select(0, rows), x.index_select(0, rows)
         o, bias = weights.product(o, attention.output) if own else (o, None)
-        y = self._add_norm(o, bias, x, norm, weights)
+        y = self._add_norm(o, bias, x, norm, weights, self.dropout_p)
         h, y = weights.activated(y, self.intermediate, self.hidden_act)
-        return self._add_norm(*weights.product(h, self.output), y, self.output_norm, weights)
+        return self._add_norm(*weights.product(h, self.output), y, self.output_norm, weights, self.output_dropout_p)
 
     def _add_norm(
-        self, x: Tensor, x_bias: Tensor | None, residual: Tensor, norm: nn.LayerNorm, weights: Weights
+        self,
+        x: Tensor,
+        x_bias: Tensor | None,
+        residual: Tensor,
+        norm: nn.LayerNorm,
+        weights: Weights,
+        dropout_p: float,
     ) -> Tensor:
-        dropout_p = self.dropout_p if self.training else 0.0
+        dropout_p = dropout_p if self.training else 0.0
         weight, bias = weights.vector(norm.weight), weights.vector(norm.bias)
         return ops.dropout_add_layer_norm(x, residual, weight, bias, x_bias=x_bias, eps=norm.eps, dropout_p=dropout_p)
 
@@ -275,10 +314,12 @@ class Encoder(nn.Module):
     norm is replaced, hooked, frozen or sharded by itself, the layer's modules are called instead, one by one.
 
     gradient_checkpointing: keep only the input of each application for the backward pass and compute the rest again;
-    in training mode.
+    in training mode. share_weights: False calls the modules of a shared layer one by one, which is better where a CPU
+    has little to multiply.
     """
 
     gradient_checkpointing = False
+    share_weights = True
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -315,7 +356,7 @@ class Encoder(nn.Module):
 
     def _shared(self) -> dict[int, SharedWeights]:
         """The shared weights of this forward pass, by the index of the layer."""
-        if not torch.is_grad_enabled() or not can_share():
+        if not self.share_weights or not torch.is_grad_enabled() or not can_share():
             return {}
         found = {index: SharedWeights.of(self.layers[index]) for index in self._applied_again()}
         return {index: weights for index, weights in found.items() if weights is not None}
@@ -370,16 +411,35 @@ class MaskedLMHead(nn.Module):
         return ops.linear_cross_entropy(self.transform(h), word_embeddings, self.bias, labels)
 
 
-class SentenceHead(nn.Module):
-    """Two logits for a pair of segments: is it what it seems? dropout, then W h. `[B, C]` -> `[B, 2]`."""
+class Classifier(nn.Module):
+    """Logits of what a row stands for: dropout, then W h; with `dense_act` dropout, W' h, that activation, and then the
+    same. `[..., C]` -> `[..., count]`.
+    """
 
-    def __init__(self, config: EncoderConfig, dropout_p: float = 0.0):
+    def __init__(
+        self,
+        config: EncoderConfig,
+        count: int,
+        dropout_p: float = 0.0,
+        dense_act: str | None = None,
+        dense_dropout_p: float | None = None,
+    ):
         super().__init__()
-        self.dropout = nn.Dropout(dropout_p)
-        self.classifier = nn.Linear(config.hidden_size, 2)
+        self.dropout, self.dense_act = nn.Dropout(dropout_p), dense_act
+        self.dense_dropout = (
+            nn.Dropout(dropout_p if dense_dropout_p is None else dense_dropout_p) if dense_act else None
+        )
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size) if dense_act else None
+        self.classifier = nn.Linear(config.hidden_size, count)
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        return self.classifier(self.dropout(pooled))
+    def forward(self, h: Tensor) -> Tensor:
+        if self.dense is not None:
+            h = self.dense_dropout(h)
+            h = torch.tanh(self.dense(h)) if self.dense_act == "tanh" else self._activated(h)
+        return self.classifier(self.dropout(h))
+
+    def _activated(self, h: Tensor) -> Tensor:
+        return MODULES.activated(h, self.dense, self.dense_act)[0]
 
 
 class DiscriminatorHead(nn.Module):

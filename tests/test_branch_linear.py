@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastbert
-from fastbert.ops.branch_linear import branch_linear
+from fastbert.ops.branch_linear import branch_linear, pays_off
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,8 +115,18 @@ def test_a_layer_adds_up_no_gradients_of_its_input(family):
     )  # fmt: skip
     model = fastbert.model_class(family, "masked_lm")(config).to(DEVICE)
     ids = torch.randint(5, 30, (2, 11), device=DEVICE)
-    loss = model(ids, labels=ids, return_logits=False).loss
+    with fastbert.use_backend("torch"):  # asked for, so that a CPU computes as a GPU does: see pays_off
+        loss = model(ids, labels=ids, return_logits=False).loss
     with torch.profiler.profile(record_shapes=True) as found:
         loss.backward()
     sums = [e.input_shapes for e in found.events() if e.name in ("aten::add", "aten::add_")]
     assert not [shapes for shapes in sums if shapes and shapes[0] in ([22, 16], [2, 11, 16])]
+
+
+def test_a_cpu_sums_as_autograd_does_unless_a_backend_is_asked_for():
+    x = torch.randn(3, 4)
+    assert not pays_off(x)
+    with fastbert.use_backend("reference"):
+        assert pays_off(x)
+    if torch.cuda.is_available():
+        assert pays_off(x.cuda())

@@ -1,6 +1,7 @@
 """Layers that share weights, in training: the op, and the encoder that uses it. One layer in N applications is N tied
 copies whose gradients are summed."""
 
+import contextlib
 import copy
 
 import pytest
@@ -190,7 +191,9 @@ def test_16_bit_gradients(device, dtype, autocast, monkeypatch):
         ids, mask, labels = (t.to(device) for t in batch([7, 5, 2]))
         narrow(ids, mask, labels=labels).loss.backward()
         monkeypatch.setattr(Encoder, "_shared", lambda self: {})
-        theirs = gradients(yardstick)
+        # with the ops of the shared layers on the CPU, too: see branch_linear.pays_off
+        with fastbert.use_backend("torch") if device == "cpu" else contextlib.nullcontext():
+            theirs = gradients(yardstick)
     for name, parameter in narrow.named_parameters():
         if LAYER not in name:
             continue

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastbert.backend import is_asked_for
 from fastbert.ops.shared_linear import InputGradient, can_share
 
 
@@ -27,6 +28,14 @@ def branch_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor 
     if plain and same and torch.is_grad_enabled() and can_share() and not torch.compiler.is_compiling():
         return _BranchLinear.apply(x, len(weights), *weights, *biases)
     return *(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)), x
+
+
+def pays_off(x: Tensor) -> bool:
+    """Whether the bias and the gradients of linear layers are better taken out of them, for the ops around to add: on a
+    GPU, where that saves memory traffic. A CPU's products add biases for nothing, and what is above costs it more than
+    it saves. Where a backend was asked for, its ops are to run.
+    """
+    return x.is_cuda or is_asked_for()
 
 
 class _BranchLinear(torch.autograd.Function):
