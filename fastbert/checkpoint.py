@@ -1,5 +1,5 @@
-"""Folders in the transformers layout <-> our parameters, safetensors first. Nothing here unpickles: `pytorch_model.bin`
-goes through `weights_only`.
+"""Folders in the transformers layout <-> our parameters. Files are read in fastbert.weights, names of other
+implementations in fastbert.ports.
 """
 
 import json
@@ -9,21 +9,27 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastbert.errors import CheckpointError, ConfigError, DtypeError, MissingFileError
+from fastbert.config import nearest
+from fastbert.errors import CheckpointError, ConfigError, DataError, DtypeError, MissingFileError
+from fastbert.ports import translated
+from fastbert.weights import WEIGHTS, listed, read_tensors
 
-CONFIG, WEIGHTS, INDEX, LEGACY = "config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+CONFIG = "config.json"
 
-# What a folder may lack: a model that was trained for something else has no such parameters.
-_HEADS = ("head.", "sentence_head.", "pooler.", "model.pooler.")
+# What a folder may not lack; heads and pooler it may, for a model that was trained for something else has others.
+_ENCODER = re.compile(r"(model\.)?(embeddings|encoder)\.")
 # What published files hold besides parameters, or twice: position buffers (recomputed, not trusted), the decoder, which
 # must be the word-embedding table, and its bias under a second name.
-_DERIVED = re.compile(r"position_ids$|token_type_ids$|embed_positions\.weight$|relative_positions_encoding\.")
+_DERIVED = re.compile(
+    r"position_ids$|token_type_ids$|(^|roformer\.)encoder\.embed_positions\.weight$|relative_positions_encoding\."
+    r"|sentence_encoder\.version$"
+)
 _DECODER = re.compile(r"(predictions\.decoder|lm_head\.decoder|generator_lm_head)\.weight$")
 _BIAS_ALIAS = re.compile(r"(predictions|lm_head)\.decoder\.bias$")
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def config_file(folder) -> Path:
@@ -39,13 +45,29 @@ def config_file(folder) -> Path:
 def architecture(folder) -> str | None:
     """The class name that `config.json` gives under "architectures", None if it gives none."""
     path = config_file(folder)
-    try:
-        names = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"config file {path} is not a JSON object: {error}") from None
+    names = read_config(path).get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"config file {path} has architectures {names!r}; expected a list of class names")
     return names[0] if names else None
+
+
+def read_config(path: Path) -> dict:
+    """The keys and values of a config file; `CheckpointError` if it is damaged."""
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"config file {path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"config file {path} holds a JSON {type(config).__name__}, expected an object")
+    return config
+
+
+def new_folder(path) -> Path:
+    """The path of a folder that is about to be written; `DataError` if there is anything there."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise DataError(f"{path} exists already, expected a new folder")
+    return path
 
 
 def save(model: nn.Module, folder) -> None:
@@ -59,6 +81,8 @@ def save(model: nn.Module, folder) -> None:
     tensors |= model.published_constants()
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     config = {"architectures": [type(model).__name__]} | model.config.to_dict() | {"torch_dtype": dtype}
+    if model.config.id2label is not None:
+        config["label2id"] = {name: index for index, name in model.config.id2label.items()}
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     _replace(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
 
@@ -74,14 +98,30 @@ def _replace(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load(model: nn.Module, folder, *, dtype: torch.dtype | str | None = None, device=None) -> None:
+def load(
+    model: nn.Module, folder, *, dtype: torch.dtype | str | None = None, device=None, new_heads: bool = False
+) -> None:
     """Fills a model that was built on the meta device from the weights in `folder`.
 
     Parameters of head and pooler that are missing are initialised and named in a warning; a missing parameter of the
-    encoder, or one of the wrong shape, is a `CheckpointError`.
+    encoder, or one of the wrong shape, is a `CheckpointError`; with new_heads a head of another shape counts as
+    missing.
     """
+    fill(model, read_tensors(folder), f"model folder {folder}", dtype=dtype, device=device, new_heads=new_heads)
+
+
+def fill(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    source: str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device=None,
+    new_heads: bool = False,
+) -> None:
+    """As `load`, from tensors by name; `source` is named in errors and warnings."""
     dtype, device = _target(dtype, device)
-    state = load_state(model, read_tensors(folder), f"model folder {folder}")
+    state = load_state(model, tensors, source, new_heads)
     missing = [name for name, _ in model.named_parameters() if name not in state]
     model.load_state_dict(
         {name: tensor.to(device=device, dtype=dtype) for name, tensor in state.items()}, strict=False, assign=True
@@ -113,11 +153,11 @@ def _draw(model: nn.Module, name: str, dtype: torch.dtype, device: torch.device)
     model.initialize(owner)
 
 
-def load_state(model: nn.Module, tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Our names -> tensors, from `tensors` under the names of transformers or of the original PyTorch ports; `source`
-    is named in errors and warnings.
+def load_state(model: nn.Module, tensors: dict[str, Tensor], source: str, new_heads: bool = False) -> dict[str, Tensor]:
+    """Our names -> tensors, from `tensors` under the names of transformers or of a port that fastbert.ports knows;
+    `source` is named in errors and warnings; with new_heads a head of another shape counts as missing.
     """
-    tensors = {_modern(name): tensor for name, tensor in tensors.items()}
+    tensors = translated(tensors, model.model_type)
     prefixes = (f"{model.names.prefix}.", "bert.", "")  # some NEZHA ports say "bert."; a bare encoder has no prefix
     state, wrong, missing, used = {}, [], [], set()
     for name, parameter in model.named_parameters():
@@ -125,48 +165,69 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor], source: str) -> dic
         found = _find(published, tensors, model.names.prefix, prefixes)
         if found is None:
             missing.append((name, published))
-        elif tensors[found].shape != parameter.shape:
-            wrong.append(f"{published} has shape {list(tensors[found].shape)}, expected {list(parameter.shape)}")
+            continue
+        used.add(found)
+        if new_heads and not _ENCODER.match(name) and tensors[found].shape != parameter.shape:
+            missing.append((name, f"{published} of shape {list(parameter.shape)}"))
+        elif reason := _unfit(tensors[found], parameter):
+            wrong.append(f"{published} {reason}")
         else:
             state[name] = tensors[found]
-        used.add(found)
     wrong += _untied(model, tensors, state)
     if wrong:
         raise CheckpointError(f"{source} does not fit {type(model).__name__} with this config: " + "; ".join(wrong))
-    lost = [published for name, published in missing if not name.startswith(_HEADS)]
+    unexpected = [name for name in tensors if name not in used and not _is_copy(name)]
+    lost = [published for name, published in missing if _ENCODER.match(name)]
     if lost:
         raise CheckpointError(
-            f"{source} lacks {len(lost)} tensor(s) of {type(model).__name__}: {_listed(lost)}; it has "
-            f"{_listed(sorted(tensors))}"
+            f"{source} lacks {len(lost)} tensor(s) of {type(model).__name__}: {_asked(lost, unexpected)}; it has "
+            f"{listed(sorted(tensors))}"
         )
     if missing:
         warnings.warn(
-            f"{source} has no {_listed([published for _, published in missing])}: drawn anew, train before use",
-            stacklevel=4,
+            f"{source} has no {_asked([published for _, published in missing], unexpected)}: drawn anew, train before "
+            "use",
+            stacklevel=5,
         )
-    copies = (_DERIVED, _DECODER, _BIAS_ALIAS)
-    unexpected = [name for name in tensors if name not in used and not any(copy.search(name) for copy in copies)]
     if unexpected:
         warnings.warn(
-            f"{source} has tensors that {type(model).__name__} does not use: {_listed(unexpected)}", stacklevel=4
+            f"{source} has tensors that {type(model).__name__} does not use: {listed(unexpected)}", stacklevel=5
         )
     return state
 
 
+def _unfit(tensor: Tensor, parameter: Tensor) -> str | None:
+    """Why a tensor cannot be that parameter. The extremes of a tensor tell infinities and NaN in one pass over it."""
+    if tensor.shape != parameter.shape:
+        return f"has shape {list(tensor.shape)}, expected {list(parameter.shape)}"
+    if tensor.dtype not in _FLOATS or tensor.layout != torch.strided or tensor.is_meta:
+        kind = "without data" if tensor.is_meta else f"{tensor.layout} of {tensor.dtype}"
+        return f"is {kind}, expected a dense tensor of {', '.join(map(str, _FLOATS))}"
+    if not all(extreme.isfinite() for extreme in torch.aminmax(tensor)):
+        broken = (~torch.isfinite(tensor)).sum()
+        return f"holds {broken} values that are NaN or infinite, of {tensor.numel()}; expected finite numbers"
+    return None
+
+
+def _is_copy(name: str) -> bool:
+    return any(pattern.search(name) for pattern in (_DERIVED, _DECODER, _BIAS_ALIAS))
+
+
+def _asked(names: list[str], there: list[str], most: int = 8) -> str:
+    """The first names, each with the name in the file that looks like a misspelling of it."""
+    return listed([name + nearest(name, there, 0.9) for name in names[:most]] + names[most:], most)
+
+
 def _untied(model: nn.Module, tensors: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
-    word = state.get("model.embeddings.word.weight")
+    word, bias = state.get("model.embeddings.word.weight"), state.get("head.bias")
     if word is None or not hasattr(model, "head"):
         return []
-    decoders = [name for name in tensors if _DECODER.search(name)]
     return [
-        f"{name} differs from the word embeddings, expected a tied decoder"
-        for name in decoders
-        if not torch.equal(tensors[name], word)
+        f"{name} differs from {what}, expected the same"
+        for pattern, ours, what in ((_DECODER, word, "the word embeddings"), (_BIAS_ALIAS, bias, "the head's own bias"))
+        for name in tensors
+        if ours is not None and pattern.search(name) and not torch.equal(tensors[name], ours)
     ]
-
-
-def _modern(name: str) -> str:
-    return re.sub(r"\.(gamma|beta)$", lambda match: {"gamma": ".weight", "beta": ".bias"}[match[1]], name)
 
 
 def _find(published: str, tensors: dict, own: str, prefixes: tuple[str, ...]) -> str | None:
@@ -175,52 +236,3 @@ def _find(published: str, tensors: dict, own: str, prefixes: tuple[str, ...]) ->
     if published.endswith(("predictions.bias", "lm_head.bias")):
         candidates.append(published.removesuffix("bias") + "decoder.bias")
     return next((name for name in candidates if name in tensors), None)
-
-
-def _listed(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def read_tensors(folder) -> dict[str, Tensor]:
-    """All tensors of a model folder by the names in its files, on the CPU."""
-    folder = Path(folder)
-    if (folder / WEIGHTS).is_file():
-        return _read_safetensors(folder / WEIGHTS)
-    if (folder / INDEX).is_file():
-        return _read_shards(folder)
-    if (folder / LEGACY).is_file():
-        try:
-            tensors = torch.load(folder / LEGACY, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f"weights file {folder / LEGACY} cannot be read with weights_only: {error}") from None
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise CheckpointError(f"weights file {folder / LEGACY} holds something else; expected tensors by name")
-        return dict(tensors)
-    raise MissingFileError(f"model folder {folder} has no weights; expected {WEIGHTS}, {INDEX} or {LEGACY}")
-
-
-def _read_shards(folder: Path) -> dict[str, Tensor]:
-    try:
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        files = sorted({str(name) for name in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"index file {folder / INDEX} is not a JSON object with a weight_map: {error}") from None
-    tensors = {}
-    for name in files:
-        if not (folder / name).is_file() or Path(name).name != name:
-            raise MissingFileError(
-                f"weights file {folder / name}, named in {INDEX}, does not exist in the model folder"
-            )
-        tensors |= _read_safetensors(folder / name)
-    absent = sorted(set(weight_map) - set(tensors))
-    if absent:
-        raise CheckpointError(f"model folder {folder} lacks tensors that {INDEX} names: {_listed(absent)}")
-    return tensors
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"weights file {path} is damaged or not safetensors: {error}") from None

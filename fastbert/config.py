@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from fastbert.errors import ConfigError, MissingFileError
 
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu", "silu", "swish")
 
 _COMMON = dict(
@@ -30,20 +31,27 @@ _COMMON = dict(
     initializer_range=0.02,
     layer_norm_eps=1e-12,
     pad_token_id=0,
+    num_labels=2,
+    id2label=None,
+    problem_type=None,
 )
+_DROPOUT = dict(classifier_dropout=None)
 
 # What the authors published as the base model: the defaults of EncoderConfig(model_type=...). A key that stands here
 # only is that family's own field.
 BASE = {
-    "bert": _COMMON,
+    "bert": _COMMON | _DROPOUT,
     "roberta": _COMMON
+    | _DROPOUT
     | dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1),
     "albert": _COMMON
     | dict(vocab_size=30000, hidden_act="gelu_new", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    | dict(embedding_size=128, num_hidden_groups=1, inner_group_num=1),
-    "nezha": _COMMON | dict(vocab_size=21128, max_relative_position=64),
-    "electra": _COMMON | dict(embedding_size=None),
-    "roformer": _COMMON | dict(vocab_size=50000, max_position_embeddings=1536, embedding_size=None, rotary_value=False),
+    | dict(embedding_size=128, num_hidden_groups=1, inner_group_num=1, classifier_dropout_prob=0.1),
+    "nezha": _COMMON | _DROPOUT | dict(vocab_size=21128, max_relative_position=64),
+    "electra": _COMMON | _DROPOUT | dict(embedding_size=None),
+    "roformer": _COMMON
+    | _DROPOUT
+    | dict(vocab_size=50000, max_position_embeddings=1536, embedding_size=None, rotary_value=False),
 }
 
 # Where the default of the transformers config class differs: what a key that is missing from a config.json means.
@@ -58,23 +66,47 @@ TRANSFORMERS_DEFAULTS = {
 _IGNORED = frozenset(
     "architectures attention_dropout bos_token_id chunk_size_feed_forward classifier_dropout "
     "classifier_dropout_prob cls_token_id directionality down_scale_factor dtype embedding_type eos_token_id "
-    "eos_token_ids finetuning_task gap_size generator_size gradient_checkpointing id2label "
+    "eos_token_ids finetuning_task gap_size generator_size gradient_checkpointing "
     "is_encoder_decoder label2id language mask_token_id model_name name net_structure_type "
-    "num_labels num_memory_blocks output_attentions output_hidden_states output_past pooler_fc_size "
-    "pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type problem_type return_dict "
+    "num_memory_blocks output_attentions output_hidden_states output_past pooler_fc_size "
+    "pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type return_dict "
     "sep_token_id summary_activation summary_last_dropout summary_type summary_use_proj task_specific_params "
     "tokenizer_class torch_dtype transformers_version unk_token_id use_cache "
     "use_relative_position _name_or_path _commit_hash".split()
 )
-# Foreign keys that would change the computation: read only with the value for which they do not.
+# Keys for generating text, and other switches, that transformers 4 writes into the config.json of every model; and what
+# Google's and later configs say besides.
+_OF_EVERY_MODEL = frozenset(
+    "attn_implementation bad_words_ids begin_suppress_tokens cross_attention_hidden_size decoder_start_token_id "
+    "diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty "
+    "forced_bos_token_id forced_eos_token_id layers_to_keep length_penalty max_length min_length "
+    "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores pooler_activation prefix "
+    "remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens temperature tf_legacy_loss "
+    "top_k top_p torchscript typical_p use_bfloat16 xla_device _attn_implementation_autoset _num_labels".split()
+)
+# Foreign keys that would change the computation: read only with the value for which they do not. The last two are those
+# of RoFormerV2, which has neither biases nor LayerNorm.
 _ONLY = {
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "add_cross_attention": False,
     "tie_word_embeddings": True,
+    "tie_encoder_decoder": False,
+    "pruned_heads": {},
+    "use_bias": True,
+    "norm_type": "layer_norm",
 }
 # Leftovers of another family in published config files (the sijunhe NEZHA ports carry ALBERT's).
 _LEFTOVERS = {"nezha": frozenset({"embedding_size", "num_hidden_groups", "inner_group_num"})}
+
+
+_OPTIONAL = ("id2label", "problem_type", "classifier_dropout", "classifier_dropout_prob")
+_PROBABILITIES = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
+    "classifier_dropout_prob",
+)
 
 
 @dataclass(init=False)
@@ -97,6 +129,11 @@ class EncoderConfig:
     max_relative_position (nezha): distance R at which relative positions are clipped; 64 in the Chinese models, 127 in
       the English one.
     rotary_value (roformer): rotate values as well as queries and keys; False in all published models.
+    num_labels: of what ForSequenceClassification and ForTokenClassification tell apart. id2label: their names by id
+      from 0 on, which decide num_labels. problem_type: one of `PROBLEM_TYPES`, for ForSequenceClassification; None:
+      regression if num_labels is 1, else by the dtype of the labels.
+    classifier_dropout (in albert classifier_dropout_prob): before a classifier; None: hidden_dropout_prob
+      (which roformer always takes in transformers, where it has no such field).
     """
 
     model_type: str
@@ -113,6 +150,11 @@ class EncoderConfig:
     initializer_range: float
     layer_norm_eps: float
     pad_token_id: int
+    num_labels: int
+    id2label: dict | None
+    problem_type: str | None
+    classifier_dropout: float | None
+    classifier_dropout_prob: float | None
     embedding_size: int | None
     num_hidden_groups: int | None
     inner_group_num: int | None
@@ -136,6 +178,9 @@ class EncoderConfig:
                 )
         if "embedding_size" in values and values["embedding_size"] is None:
             values["embedding_size"] = values["hidden_size"]
+        if values["id2label"] is not None:
+            values["id2label"] = _label_names(values["id2label"])
+            values["num_labels"] = fields.get("num_labels", len(values["id2label"]))
         self.model_type = model_type
         for name in _FIELDS[1:]:
             setattr(self, name, values.get(name))
@@ -145,7 +190,7 @@ class EncoderConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is None:
-                if field.name in BASE[self.model_type]:
+                if field.name in BASE[self.model_type] and field.name not in _OPTIONAL:
                     raise ConfigError(f"config key {field.name!r} = None; {self.model_type} needs a value")
                 continue
             expected = (typing.get_args(field.type) or (field.type,))[0]
@@ -156,8 +201,8 @@ class EncoderConfig:
             smallest = 0 if field.name == "pad_token_id" else 1
             if expected is int and value < smallest:
                 raise ConfigError(f"config key {field.name!r} = {value} is too small; expected at least {smallest}")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0.0 <= getattr(self, name) < 1.0:
+        for name in _PROBABILITIES:
+            if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
                 raise ConfigError(f"config key {name!r} = {getattr(self, name)} is out of range; expected 0 <= p < 1")
         for name in ("initializer_range", "layer_norm_eps"):
             if not getattr(self, name) > 0.0:
@@ -167,6 +212,15 @@ class EncoderConfig:
         if self.hidden_act not in ACTIVATIONS:
             raise ConfigError(
                 f"config key 'hidden_act' = {self.hidden_act!r} is unknown; expected one of {', '.join(ACTIVATIONS)}"
+            )
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ConfigError(
+                f"config key 'problem_type' = {self.problem_type!r} is unknown; expected one of "
+                f"{', '.join(PROBLEM_TYPES)}"
+            )
+        if self.id2label is not None and len(self.id2label) != self.num_labels:
+            raise ConfigError(
+                f"config key 'id2label' names {len(self.id2label)} labels; expected num_labels = {self.num_labels}"
             )
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
@@ -192,6 +246,18 @@ class EncoderConfig:
             raise ConfigError(
                 f"num_hidden_groups = {self.num_hidden_groups} exceeds num_hidden_layers = {self.num_hidden_layers}"
             )
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the num_labels labels by id; LABEL_0, LABEL_1, ... where id2label gives none."""
+        names = self.id2label or {i: f"LABEL_{i}" for i in range(self.num_labels)}
+        return [names[i] for i in range(self.num_labels)]
+
+    @property
+    def classifier_dropout_p(self) -> float:
+        """The probability of dropout before a classifier."""
+        given = self.classifier_dropout_prob if self.model_type == "albert" else self.classifier_dropout
+        return self.hidden_dropout_prob if given is None else given
 
     @property
     def head_dim(self) -> int:
@@ -229,7 +295,9 @@ class EncoderConfig:
 
         A missing key has the default of the transformers config class (which is not always the published base value).
         Keys of transformers that do not concern the encoder are passed over; keys that nobody knows are named in a
-        warning; a key that asks for what fastbert does not compute is a `ConfigError`.
+        warning. `ConfigError`: a key that looks like a misspelt one, for the default would silently take its place; a
+        value of the wrong type or out of range; a key that asks for what fastbert does not compute, such as those of
+        RoFormerV2.
         """
         if not isinstance(values, dict):
             raise ConfigError(f"config is a {type(values).__name__}; expected a dict of keys and values")
@@ -238,11 +306,22 @@ class EncoderConfig:
             if values.get(name, only) != only:
                 raise ConfigError(f"config key {name!r} = {values[name]!r} is not supported; expected {only!r}")
         known = {name: value for name, value in values.items() if name in BASE[family] and value is not None}
-        passed_over = _IGNORED | _LEFTOVERS.get(family, frozenset()) | set(_ONLY) | set(BASE[family]) | {"model_type"}
-        unknown = sorted(set(values) - passed_over)
+        unknown = sorted(set(values) - _keys_of(family))
+        for name in unknown:
+            if meant := _misspelt(name, family):
+                raise ConfigError(f"config key {name!r} = {values[name]!r} is unknown (did you mean {meant!r}?)")
         if unknown:
             warnings.warn(f"config keys not used by fastbert: {', '.join(unknown)}", stacklevel=2)
         return cls(family, **TRANSFORMERS_DEFAULTS.get(family, {}) | known)
+
+    def changed(self, **changes) -> "EncoderConfig":
+        """The same with fields changed by keyword; another num_labels without id2label forgets the old names."""
+        values = self.to_dict()
+        if changes.get("id2label") is not None:
+            del values["num_labels"]
+        elif changes.get("num_labels", self.num_labels) != self.num_labels:
+            del values["id2label"]
+        return EncoderConfig(**values | changes)
 
     @classmethod
     def from_preset(cls, name: str, **changes) -> "EncoderConfig":
@@ -267,7 +346,10 @@ class EncoderConfig:
             raise ConfigError(
                 f"config file {path} holds a {type(values).__name__}; expected an object of keys and values"
             )
-        return cls.from_dict(values, model_type)
+        try:
+            return cls.from_dict(values, model_type)
+        except ConfigError as error:
+            raise ConfigError(f"config file {path}: {error}") from None
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(EncoderConfig))
@@ -282,9 +364,34 @@ def _family(model_type) -> str:
     return model_type
 
 
-def nearest(name: str, known) -> str:
+def _label_names(given) -> dict[int, str]:
+    """id2label with ids as numbers, which a JSON file has as strings."""
+    try:
+        names = {int(index): name for index, name in given.items()}
+    except (AttributeError, TypeError, ValueError):
+        names = {}
+    if sorted(names) != list(range(len(names))) or not names or not all(isinstance(n, str) for n in names.values()):
+        raise ConfigError(f"config key 'id2label' = {given!r}; expected a name for each id from 0 on")
+    return dict(sorted(names.items()))
+
+
+def _keys_of(family: str) -> set[str]:
+    """What a config.json of the family may hold without a warning."""
+    passed_over = _IGNORED | _OF_EVERY_MODEL | _LEFTOVERS.get(family, frozenset())
+    return passed_over | set(_ONLY) | set(BASE[family]) | {"model_type"}
+
+
+def _misspelt(name: str, family: str) -> str | None:
+    """The key that concerns the encoder of which an unknown key seems to be a misspelling."""
+    known = [*BASE[family], *_ONLY, "model_type"]
+    plain = name.lower().replace("-", "_")
+    matches = [] if name in _FIELDS else difflib.get_close_matches(plain, known, n=1, cutoff=0.86)
+    return matches[0] if matches else None
+
+
+def nearest(name: str, known, cutoff: float = 0.6) -> str:
     """ " (did you mean ...?)" with the known name that is most like `name`, or nothing."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 

@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from fastbert.errors import ConfigError, DtypeError, ShapeError
 from fastbert.inference import InferenceEncoder
-from fastbert.models.base import EncoderModel, ModelOutput, PretrainedModel, Rows
+from fastbert.models.base import EncoderModel, PretrainedModel, Rows
+from fastbert.models.outputs import ModelOutput
+from fastbert.models.tasks import MultipleChoiceModel
 from fastbert.nn import Encoder
 from fastbert.ops import checks
 from fastbert.packing import Layout
@@ -27,7 +29,7 @@ def compile_for_latency(
 ) -> "LatencyModel":
     """A callable that answers what `model` would in evaluation mode, as soon as it can be done; without gradients.
 
-    model: any fastbert model, on the device on which it is to run.
+    model: any fastbert model but a multiple choice, on the device on which it is to run.
     max_batch, max_length: the most sequences in a call, and the longest; max_length None: 512, or what the position
       table allows if that is less.
     dtype: of weights and results; None: the model's. On a GPU float16 or bfloat16 are meant: float32 has neither
@@ -185,6 +187,10 @@ def _no_tracking() -> Iterator[None]:
 def _check(model: object, max_batch: object, max_length: object, dtype: object) -> None:
     if not isinstance(model, PretrainedModel):
         raise ConfigError(f"model: got a {type(model).__name__}, expected a model of fastbert")
+    if isinstance(model, MultipleChoiceModel):
+        raise ConfigError(
+            f"model: got a {type(model).__name__}, whose calls have another shape; expected its encoder, .model"
+        )
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ConfigError("model: got one made within torch.inference_mode, expected one made outside of it")
     limit = model.config.max_length
@@ -285,5 +291,5 @@ class _Bucket:
         """What of a result is the caller's, in memory of its own."""
         if len(result) != self.size:
             return result[: layout.sizes[0]].clone()
-        answer = layout.unpack(result[:rows])
+        answer = layout.unpack(result[:rows], self._output.padding)
         return answer if layout.indices is not None else answer.clone()

@@ -45,14 +45,14 @@ class Layout:
         x = x.flatten(0, 1)
         return x if self.indices is None else x[self.indices]
 
-    def unpack(self, rows: Tensor) -> Tensor:
-        """Rows as the caller's `[B, L, ...]` (or packed `[T, ...]`), zero at padded positions."""
+    def unpack(self, rows: Tensor, fill: float = 0.0) -> Tensor:
+        """Rows as the caller's `[B, L, ...]` (or packed `[T, ...]`), `fill` at padded positions."""
         if self.key_padding_mask is not None:
-            return rows.masked_fill(~self.key_padding_mask.reshape(self.padded_shape + (1,) * (rows.dim() - 2)), 0)
+            return rows.masked_fill(~self.key_padding_mask.reshape(self.padded_shape + (1,) * (rows.dim() - 2)), fill)
         if self.padded_shape is None:
             return rows
         if self.indices is not None:
-            padded = rows.new_zeros((self.padded_shape[0] * self.padded_shape[1], *rows.shape[1:]))
+            padded = rows.new_full((self.padded_shape[0] * self.padded_shape[1], *rows.shape[1:]), fill)
             rows = padded.index_put((self.indices,), rows)
         return rows.unflatten(0, self.padded_shape)
 
@@ -65,6 +65,16 @@ class Layout:
         if rows.shape[0] == 0:
             return rows.new_zeros((self.sizes[0], *rows.shape[1:]))
         return self.of_real(rows[self.starts(rows.shape[0])])
+
+    def last(self, rows: Tensor) -> Tensor:
+        """The row of each sequence's last real token, `[B, ...]`; zeros for a sequence without one."""
+        if self.key_padding_mask is not None:
+            mask = self.key_padding_mask
+            places = mask.shape[1] - 1 - mask.flip(1).int().argmax(dim=1)
+            return _only(rows[torch.arange(rows.shape[0], device=rows.device), places], mask.any(dim=1))
+        if rows.shape[0] == 0:
+            return rows.new_zeros((self.sizes[0], *rows.shape[1:]))
+        return self.of_real(rows[(self.cu_seqlens[1:].long() - 1).clamp(min=0)])
 
     def starts(self, tokens: int) -> Tensor:
         """The place of each sequence's first row among `tokens` packed ones, int64 `[B]`; for a sequence without one

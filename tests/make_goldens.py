@@ -4,12 +4,13 @@
 
 test_parity.py compares fastbert with these files, so that the check needs no transformers. One file holds one case:
 
-* ``input/*``: input_ids, attention_mask, token_type_ids, position_ids, labels; ``probe_hidden`` and ``probe_pooler``
-  for a model without a loss.
+* ``input/*``: input_ids, attention_mask, token_type_ids, position_ids, and the labels that the head takes, by
+  transformers' names; ``probe_hidden`` and ``probe_pooler`` for a model without a loss.
 * ``weight/*``: transformers' names, each tensor once; random, rounded to float16 (stored so, exact in float64); no bias
   is 0, no LayerNorm weight 1.
-* ``output/*``: ``hidden_states`` [layers + 1, T, C] and ``logits`` [T, ...] at the T positions where the mask is 1,
-  ``pooler_output``, ``loss``.
+* ``output/*``: ``hidden_states`` [layers + 1, T, C], and of the outputs that have a row for each token (``logits`` [T,
+  ...] and so on) those at the T positions where the mask is 1; others whole (``pooler_output``, ``loss``, ``logits`` of
+  a head for sequences).
 * ``grad/*``: d loss / d weight, float64. The loss of a base model is sum(last_hidden_state * probe_hidden)
   + sum(pooler_output * probe_pooler).
 * ``fp32_table/{output,grad}/*``: the same from the sinusoids as transformers builds them, in float32 (stored in
@@ -23,7 +24,7 @@ is the same to the byte.
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -50,6 +51,7 @@ class Case:
     pads_inside: bool = False  # pad ids at real positions, other ids at padded ones
     integer_groups: bool = False  # ALBERT: group i * G // L instead of transformers' int(i / (L / G))
     fp32_table: bool = False
+    choices: int = 0  # a multiple choice: so many of the sequences belong together
 
 
 TINY = {
@@ -66,6 +68,9 @@ TINY = {
     "layer_norm_eps": 1e-12,
     "pad_token_id": 0,
 }
+
+# The heads, on encoders that are small, for those have cases of their own.
+SMALL = {"vocab_size": 20, "hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 14, "num_hidden_layers": 1}
 
 CASES = {
     "bert_mlm": Case("BertForMaskedLM", "exact gelu, eps 1e-12, ragged lengths down to 1"),
@@ -198,6 +203,42 @@ CASES = {
         mask="hole",
     ),
 }
+HEAD_FAMILIES = {
+    "Bert": {},
+    "Roberta": {"pad_token_id": 1, "type_vocab_size": 1},
+    "Albert": {"embedding_size": 8, "hidden_act": "gelu_new"},
+    "Nezha": {"max_relative_position": 3},
+    "Electra": {"embedding_size": 8, "hidden_act": "gelu_new"},
+    "RoFormer": {"embedding_size": 8, "hidden_act": "gelu_new", "rotary_value": False},
+}
+SEQUENCE_LABELS = {
+    "Bert": ("three labels, one of them -100", {"num_labels": 3}),
+    "Roberta": ("several of three labels at once", {"num_labels": 3, "problem_type": "multi_label_classification"}),
+    "Albert": ("two labels", {}),
+    "Nezha": ("a number", {"num_labels": 1}),
+    "Electra": ("two numbers", {"num_labels": 2, "problem_type": "regression"}),
+    "RoFormer": ("three labels; the layers' activation in the head too", {"num_labels": 3}),
+}
+for family, own in HEAD_FAMILIES.items():
+    types = {"token_types": family != "Roberta"}
+    about, labels = SEQUENCE_LABELS[family]
+    heads = {
+        "sequence": Case("SequenceClassification", about, labels, (7, 4, 1), **types),
+        "token": Case("TokenClassification", "five labels", {"num_labels": 5}, (7, 4, 1), **types),
+        "answer": Case(
+            "QuestionAnswering", "without padding, of which transformers makes answers", {}, (7, 4, 2), **types
+        ),
+        "choice": Case("MultipleChoice", "two of three texts", {}, (7, 4, 1, 5, 7, 3), choices=3, **types),
+    }
+    if family in ("Bert", "RoFormer"):
+        heads["answer"] = Case("QuestionAnswering", "equal lengths: transformers' own loss", {}, (6, 6, 6))
+    if family == "RoFormer":  # transformers takes the last token, padding or not
+        heads["choice"] = Case("MultipleChoice", "the last token stands for a text", {}, (5,) * 6, choices=3)
+    if family in ("Bert", "Albert", "Nezha"):
+        heads["pretraining"] = Case("PreTraining", "both heads", {}, (7, 4, 2))
+    for name, case in heads.items():
+        config = SMALL | own | case.config
+        CASES[f"{family.lower()}_{name}"] = replace(case, architecture=f"{family}For{case.architecture}", config=config)
 
 
 def build(architecture: str, config: dict, generator: torch.Generator) -> nn.Module:
@@ -291,11 +332,32 @@ def make_batch(case: Case, config: dict, generator: torch.Generator) -> Tensors:
         inputs["token_type_ids"] = randint(0, config["type_vocab_size"], (batch, length))
     if case.position_ids:
         inputs["position_ids"] = randint(0, config["max_position_embeddings"], (batch, length))
-    if case.architecture.endswith("ForPreTraining"):
+    kind = case.architecture.rpartition("For")[2]
+    classes = config.get("num_labels", 2)
+    if kind == "PreTraining" and "Electra" in case.architecture:
         inputs["labels"] = randint(0, 2, (batch, length))
-    elif case.architecture.endswith("ForMaskedLM"):
+    elif kind in ("MaskedLM", "PreTraining", "TokenClassification"):
         chosen = mask & (randint(0, 2, (batch, length)) == 1)
-        inputs["labels"] = randint(0, config["vocab_size"], (batch, length)).where(chosen, -100)
+        limit = classes if kind == "TokenClassification" else config["vocab_size"]
+        inputs["labels"] = randint(0, limit, (batch, length)).where(chosen, -100)
+        if kind == "PreTraining":
+            sentence = "sentence_order_label" if "Albert" in case.architecture else "next_sentence_label"
+            inputs[sentence] = randint(0, 2, (batch,))
+    elif kind == "SequenceClassification":
+        shapes = {"regression": (batch, classes), "multi_label_classification": (batch, classes)}
+        shape = shapes.get(config.get("problem_type"), (batch,))
+        inputs["labels"] = randint(0, 2 if len(shape) == 2 else classes, shape)
+        if len(shape) == 2 or classes == 1:
+            inputs["labels"] = inputs["labels"].double() + (probe(*shape) if classes < 3 else 0)
+        elif classes > 2:
+            inputs["labels"][1] = -100
+    elif kind == "QuestionAnswering":
+        inputs["start_positions"], inputs["end_positions"] = (
+            torch.tensor([randint(0, n, (1,)).item() for n in case.lengths]) for _ in range(2)
+        )
+    elif kind == "MultipleChoice":
+        inputs = {name: value.unflatten(0, (-1, case.choices)) for name, value in inputs.items()}
+        inputs["labels"] = randint(0, case.choices, (batch // case.choices,))
     else:
         inputs["probe_hidden"] = probe(int(mask.sum()), config["hidden_size"])
         inputs["probe_pooler"] = probe(batch, config["hidden_size"])
@@ -306,24 +368,41 @@ def run(model: nn.Module, inputs: Tensors) -> tuple[Tensors, Tensors]:
     """(outputs at the real positions, gradient of every parameter by name) of a transformers model."""
     real = inputs["attention_mask"].bool()
     result = model(**{k: v for k, v in inputs.items() if not k.startswith("probe")}, output_hidden_states=True)
-    outputs = {"hidden_states": torch.stack([state[real] for state in result.hidden_states])}
-    if "labels" in inputs:
-        outputs["logits"], outputs["loss"] = result.logits[real], result.loss
-        if (
-            result.logits.shape == real.shape
-        ):  # ELECTRA's discriminator: transformers rounds labels, and with them part of the loss, to float32
-            labels = inputs["labels"][real].double()
-            outputs["loss"] = nn.functional.binary_cross_entropy_with_logits(outputs["logits"], labels)
-            torch.testing.assert_close(result.loss.double(), outputs["loss"], rtol=0, atol=1e-6)
-    else:
+    flat = real.flatten(0, -2)
+    outputs = {"hidden_states": torch.stack([state[flat] for state in result.hidden_states])}
+    if "probe_hidden" in inputs:
         outputs["loss"] = (result.last_hidden_state[real] * inputs["probe_hidden"]).sum()
         if result.get("pooler_output") is not None:
             outputs["pooler_output"] = result.pooler_output
             outputs["loss"] = outputs["loss"] + (result.pooler_output * inputs["probe_pooler"]).sum()
+    else:
+        outputs |= {name: value for name, value in result.items() if name == "loss" or name.endswith("logits")}
+        patch_loss(outputs, inputs, real)
+        for name, value in outputs.items():
+            if value.shape[: real.dim()] == real.shape:
+                outputs[name] = value[real]
     model.zero_grad()
     outputs["loss"].backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {name: value.detach() for name, value in outputs.items()}, grads
+
+
+def patch_loss(outputs: Tensors, inputs: Tensors, real: Tensor) -> None:
+    """The loss as it is meant, where transformers' is not."""
+    theirs = outputs["loss"]
+    if "start_logits" in outputs:  # transformers has padding among what an answer is chosen from
+        ours = 0
+        for edge in ("start", "end"):
+            logits = outputs[f"{edge}_logits"].masked_fill(~real, -torch.inf)
+            ours = ours + nn.functional.cross_entropy(logits, inputs[f"{edge}_positions"]) / 2
+        outputs["loss"] = ours
+        if real.all():
+            torch.testing.assert_close(theirs, ours, rtol=1e-14, atol=0)
+    elif outputs.get("logits") is not None and outputs["logits"].shape == real.shape:
+        # ELECTRA's discriminator: transformers rounds labels, and with them part of the loss, to float32
+        labels = inputs["labels"][real].double()
+        outputs["loss"] = nn.functional.binary_cross_entropy_with_logits(outputs["logits"][real], labels)
+        torch.testing.assert_close(theirs.double(), outputs["loss"], rtol=0, atol=1e-6)
 
 
 def make_golden(name: str, case: Case, seed: int) -> tuple[Tensors, dict[str, str]]:

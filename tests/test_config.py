@@ -1,6 +1,7 @@
 """EncoderConfig: strict fields, published values, published sizes with their parameter counts."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -154,6 +155,92 @@ def test_from_dict_warns_of_unknown_and_refuses_other_mathematics():
         fastbert.EncoderConfig.from_dict({"position_embedding_type": "relative_key"})
     with pytest.raises(ConfigError, match="tie_word_embeddings.*False.*True"):
         fastbert.EncoderConfig.from_dict({"tie_word_embeddings": False})
+
+
+@pytest.mark.parametrize(
+    "family, values, words",
+    [
+        ("bert", {"hiden_size": 96}, ["'hiden_size' = 96", "'hidden_size'"]),
+        ("bert", {"Hidden-Size": 96}, ["'Hidden-Size' = 96", "'hidden_size'"]),
+        ("bert", {"layer_norm_epsilon": 1e-5}, ["layer_norm_epsilon", "'layer_norm_eps'"]),
+        ("roberta", {"num_attention_head": 4}, ["num_attention_head", "'num_attention_heads'"]),
+        ("albert", {"num_hidden_group": 2}, ["num_hidden_group", "'num_hidden_groups'"]),
+        ("nezha", {"max_relative_positions": 3}, ["max_relative_positions", "'max_relative_position'"]),
+        ("electra", {"embeding_size": 64}, ["embeding_size", "'embedding_size'"]),
+        ("roformer", {"rotary_values": True}, ["rotary_values", "'rotary_value'"]),
+        ("bert", {"tie_word_embedding": False}, ["tie_word_embedding", "'tie_word_embeddings'"]),
+        ("bert", {"modeltype": "nezha"}, ["modeltype", "'model_type'"]),
+        ("bert", {"hidden_act": "swishy"}, ["hidden_act", "'swishy'", "swish"]),
+        ("bert", {"num_hidden_layers": "12"}, ["num_hidden_layers", "'12'", "int"]),
+        ("bert", {"pruned_heads": {"1": [2]}}, ["pruned_heads", "{'1': [2]}"]),
+        ("roformer", {"use_bias": False}, ["use_bias", "False"]),
+        ("roformer", {"norm_type": "rms_norm"}, ["norm_type", "'rms_norm'", "'layer_norm'"]),
+    ],
+)
+def test_a_misspelt_key_or_a_wrong_value_is_an_error_that_names_file_and_key(tmp_path, family, values, words):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": family} | values))
+    with pytest.raises(ConfigError) as error:
+        fastbert.EncoderConfig.from_json_file(path)
+    assert all(word in str(error.value) for word in [str(path), *words]), str(error.value)
+
+
+def test_keys_that_resemble_none_or_belong_to_others_are_warned_of(recwarn):
+    names = ["attention_head_size", "hidden_sizes_of_towers", "num_key_value_heads", "pad_token", "embedding_size"]
+    for name in names:
+        fastbert.EncoderConfig.from_dict({name: 1})
+    assert [str(one.message).rpartition(" ")[2] for one in recwarn.list] == names
+
+
+# What transformers 4.40.2 writes for every model and 5.23 no longer does.
+OF_TRANSFORMERS_4 = dict(
+    bad_words_ids=None,
+    begin_suppress_tokens=None,
+    cross_attention_hidden_size=None,
+    decoder_start_token_id=None,
+    diversity_penalty=0.0,
+    do_sample=False,
+    early_stopping=False,
+    encoder_no_repeat_ngram_size=0,
+    exponential_decay_length_penalty=None,
+    forced_bos_token_id=None,
+    forced_eos_token_id=None,
+    length_penalty=1.0,
+    max_length=20,
+    min_length=0,
+    no_repeat_ngram_size=0,
+    num_beam_groups=1,
+    num_beams=1,
+    num_return_sequences=1,
+    output_scores=False,
+    prefix=None,
+    pruned_heads={},
+    remove_invalid_values=False,
+    repetition_penalty=1.0,
+    return_dict_in_generate=False,
+    suppress_tokens=None,
+    temperature=1.0,
+    tf_legacy_loss=False,
+    tie_encoder_decoder=False,
+    top_k=50,
+    top_p=1.0,
+    torchscript=False,
+    typical_p=1.0,
+    use_bfloat16=False,
+)
+
+
+@pytest.mark.parametrize("family", BASE)
+def test_every_key_that_transformers_writes_is_known(family, recwarn):
+    transformers = pytest.importorskip("transformers")
+    values = OF_TRANSFORMERS_4 | {"model_type": family}
+    if family in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:  # NEZHA: up to 4.40
+        values |= transformers.AutoConfig.for_model(family, num_labels=3, problem_type=None).to_dict()
+    classes = {"architectures": ["BertForSequenceClassification"], "finetuning_task": "mnli", "torch_dtype": "float32"}
+    values |= classes | {"_name_or_path": "x/y", "transformers_version": "4.40.2", "torchscript": False}
+    config = fastbert.EncoderConfig.from_dict(json.loads(json.dumps(values, default=str)))
+    assert config.model_type == family
+    assert not recwarn.list
 
 
 def test_config_file_errors(tmp_path):

@@ -17,10 +17,10 @@ FAMILIES = ["bert", "roberta", "albert", "nezha", "electra", "roformer"]
 SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, vocab_size=97)
 
 
-def build(family):
+def build(family, task="masked_lm"):
     torch.manual_seed(0)
     small = SMALL | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return fastbert.model_class(family, "masked_lm")(fastbert.EncoderConfig(family, **small))
+    return fastbert.model_class(family, task)(fastbert.EncoderConfig(family, **small))
 
 
 def batch():
@@ -40,6 +40,40 @@ def found(model, device, dtype=None):
     output.loss.backward()
     values = [output.logits[inputs["attention_mask"].bool()], output.loss, *(p.grad for p in model.parameters())]
     return [t.detach().double().cpu() for t in values]
+
+
+TASKS = [
+    ("bert", "sequence_classification", {"labels": torch.tensor([1, 0, 1])}),
+    ("roformer", "token_classification", {"labels": torch.arange(120).view(3, 40) % 2}),
+    (
+        "nezha",
+        "question_answering",
+        {"start_positions": torch.tensor([3, 0, 0]), "end_positions": torch.tensor([39, 9, 0])},
+    ),
+    ("electra", "multiple_choice", {"labels": torch.tensor([2])}),
+]
+
+
+@pytest.mark.parametrize("family, task, labels", TASKS, ids=[task for _, task, _ in TASKS])
+def test_a_task_in_float32_is_the_model_in_float64(family, task, labels):
+    model, inputs = build(family, task).eval(), batch()
+    del inputs["labels"]
+    if task == "multiple_choice":
+        inputs = {name: t[None] for name, t in inputs.items()}
+    inputs |= labels
+
+    def found(dtype, device):
+        there = copy.deepcopy(model).to(device, dtype)
+        loss = there(**{name: t.to(device) for name, t in inputs.items()}, return_logits=False).losses.sum()
+        loss.backward()
+        gradients = (p.grad for p in there.parameters() if p.grad is not None)
+        return [t.detach().double().cpu() for t in (loss, *gradients)]
+
+    truth = found(torch.float64, "cpu")
+    with fastbert.use_backend("reference"):
+        yardstick = largest(found(torch.float32, DEVICE), truth)
+    reach = max(1.0, *(t.abs().max().item() for t in truth))
+    assert largest(found(torch.float32, DEVICE), truth) <= 2 * yardstick + FLOOR[torch.float32] * 2**-23 * reach
 
 
 def largest(values, truth):

@@ -33,6 +33,7 @@ def assert_same(got, want, **tolerances):
 
 
 TASKS = [*((family, "model") for family in FAMILIES), ("albert", "masked_lm"), ("electra", "pretraining")]
+TASKS += [("bert", "sequence_classification"), ("roberta", "token_classification"), ("nezha", "question_answering")]
 
 
 @pytest.mark.parametrize("buckets", [True, False])

@@ -41,13 +41,17 @@ class Golden:
 
     @property
     def is_right_padded(self):
-        mask = self["input"]["attention_mask"]
+        mask = self["input"]["attention_mask"].flatten(0, -2)
         return torch.equal(mask, mask.sort(dim=1, descending=True).values)
 
     def model(self, folder, config=None, weights=None):
         """The fastbert model that from_pretrained reads from a folder with the golden's config.json and weights."""
         write_folder(folder, config or self.config, weights or self["weight"])
-        return getattr(fastbert, self.facts["architecture"]).from_pretrained(folder, dtype=torch.float64)
+        return self.model_class.from_pretrained(folder, dtype=torch.float64)
+
+    @property
+    def model_class(self):
+        return getattr(fastbert, self.facts["architecture"])
 
 
 def write_folder(folder, config, weights):
@@ -69,9 +73,15 @@ def run(model, inputs, folder):
 def forward(model, inputs, real):
     """Outputs at the positions that `real` picks, into [B, L] or [T]; a base model has make_goldens.run's loss."""
     result = model(**{k: v for k, v in inputs.items() if not k.startswith("probe")}, output_hidden_states=True)
-    outputs = {"hidden_states": torch.stack([state[real] for state in result.hidden_states])}
-    if "labels" in inputs:
-        outputs["logits"], outputs["loss"] = result.logits[real], result.loss
+    flat = real.flatten(0, -2) if isinstance(real, torch.Tensor) else real
+    outputs = {"hidden_states": torch.stack([state[flat] for state in result.hidden_states])}
+    if "probe_hidden" not in inputs:
+        whole = real if isinstance(real, slice) else real.shape
+        for name in result.keys():
+            value = result[name]
+            if name == "loss" or name.endswith("logits"):
+                by_token = isinstance(whole, torch.Size) and value.shape[: len(whole)] == whole
+                outputs[name] = value[real] if by_token else value
     else:
         outputs["loss"] = (result.last_hidden_state[real] * inputs["probe_hidden"]).sum()
         if getattr(result, "pooler_output", None) is not None:
@@ -129,8 +139,11 @@ def test_goldens_are_complete():
     assert architectures >= {family + kind for family in families for kind in ("ForMaskedLM", "Model")} | {
         "ElectraForPreTraining"
     }
+    tasks = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+    assert architectures >= {f"{family}For{task}" for family in families for task in tasks}
+    assert architectures >= {f"{family}ForPreTraining" for family in ("Bert", "Albert", "Nezha")}
     assert {Golden(name).facts["transformers"] for name in CASES} == {"4.40.2"}
-    assert sum(path.stat().st_size for path in GOLDENS.iterdir()) < 3_000_000
+    assert sum(path.stat().st_size for path in GOLDENS.iterdir()) < 4_000_000
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -145,12 +158,12 @@ def test_golden(case, backend, tmp_path):
     assert_close(without_frozen_rows(golden, grads), without_frozen_rows(golden, golden["grad"]))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if Golden(case).facts["architecture"].endswith("ForMaskedLM")])
+@pytest.mark.parametrize("case", [case for case in CASES if hasattr(Golden(case).model_class, "terms")])
 def test_golden_loss_without_logits(case, tmp_path):
-    """The loss that pretraining takes, from labelled rows only, and its gradients: to 1e-9."""
+    """The losses that training takes, from labelled rows only where that can be, and their gradients: to 1e-9."""
     golden = Golden(case)
     model = golden.model(tmp_path / "model").eval()
-    loss = model(**golden["input"], return_logits=False).loss
+    loss = model(**golden["input"], return_logits=False).losses.sum()
     loss.backward()
     assert_close({"loss": loss}, {"loss": golden["output"]["loss"]})
     assert_close(gradients(model, tmp_path / "grads"), golden["grad"])
@@ -170,8 +183,10 @@ def test_packed_equals_golden(case, tmp_path):
     """Packed input gives what padded input gives: outputs, loss and gradients are the golden's."""
     golden = Golden(case)
     real = golden["input"]["attention_mask"].bool()
-    lengths = real.sum(1)
-    inputs = {k: v if k.startswith("probe") else v[real] for k, v in golden["input"].items() if k != "attention_mask"}
+    lengths = real.flatten(0, -2).sum(1)
+    inputs = {k: v[real] if v.shape == real.shape else v for k, v in golden["input"].items() if k != "attention_mask"}
+    if real.dim() == 3:
+        inputs["num_choices"] = real.shape[1]
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
     model = golden.model(tmp_path / "model").eval()
     outputs = forward(model, inputs | {"cu_seqlens": cu_seqlens, "max_seqlen": int(lengths.max())}, slice(None))

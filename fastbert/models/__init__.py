@@ -1,19 +1,61 @@
 """The families, one file each."""
 
-from fastbert import checkpoint
+from fastbert import checkpoint, hub
 from fastbert.config import EncoderConfig
 from fastbert.errors import CheckpointError, ConfigError
-from fastbert.models.albert import AlbertForMaskedLM, AlbertForPreTraining, AlbertModel
-from fastbert.models.bert import BertForMaskedLM, BertForPreTraining, BertModel
+from fastbert.models.albert import (
+    AlbertForMaskedLM,
+    AlbertForMultipleChoice,
+    AlbertForPreTraining,
+    AlbertForQuestionAnswering,
+    AlbertForSequenceClassification,
+    AlbertForTokenClassification,
+    AlbertModel,
+)
+from fastbert.models.bert import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
 from fastbert.models.electra import (
     ElectraForJointPreTraining,
     ElectraForMaskedLM,
+    ElectraForMultipleChoice,
     ElectraForPreTraining,
+    ElectraForQuestionAnswering,
+    ElectraForSequenceClassification,
+    ElectraForTokenClassification,
     ElectraModel,
 )
-from fastbert.models.nezha import NezhaForMaskedLM, NezhaForPreTraining, NezhaModel
-from fastbert.models.roberta import RobertaForMaskedLM, RobertaModel
-from fastbert.models.roformer import RoFormerForMaskedLM, RoFormerModel
+from fastbert.models.nezha import (
+    NezhaForMaskedLM,
+    NezhaForMultipleChoice,
+    NezhaForPreTraining,
+    NezhaForQuestionAnswering,
+    NezhaForSequenceClassification,
+    NezhaForTokenClassification,
+    NezhaModel,
+)
+from fastbert.models.roberta import (
+    RobertaForMaskedLM,
+    RobertaForMultipleChoice,
+    RobertaForQuestionAnswering,
+    RobertaForSequenceClassification,
+    RobertaForTokenClassification,
+    RobertaModel,
+)
+from fastbert.models.roformer import (
+    RoFormerForMaskedLM,
+    RoFormerForMultipleChoice,
+    RoFormerForQuestionAnswering,
+    RoFormerForSequenceClassification,
+    RoFormerForTokenClassification,
+    RoFormerModel,
+)
 
 CLASSES = {
     "model": (BertModel, RobertaModel, AlbertModel, NezhaModel, ElectraModel, RoFormerModel),
@@ -27,6 +69,38 @@ CLASSES = {
     ),
     "pretraining": (BertForPreTraining, AlbertForPreTraining, NezhaForPreTraining, ElectraForPreTraining),
     "joint_pretraining": (ElectraForJointPreTraining,),
+    "sequence_classification": (
+        BertForSequenceClassification,
+        RobertaForSequenceClassification,
+        AlbertForSequenceClassification,
+        NezhaForSequenceClassification,
+        ElectraForSequenceClassification,
+        RoFormerForSequenceClassification,
+    ),
+    "token_classification": (
+        BertForTokenClassification,
+        RobertaForTokenClassification,
+        AlbertForTokenClassification,
+        NezhaForTokenClassification,
+        ElectraForTokenClassification,
+        RoFormerForTokenClassification,
+    ),
+    "question_answering": (
+        BertForQuestionAnswering,
+        RobertaForQuestionAnswering,
+        AlbertForQuestionAnswering,
+        NezhaForQuestionAnswering,
+        ElectraForQuestionAnswering,
+        RoFormerForQuestionAnswering,
+    ),
+    "multiple_choice": (
+        BertForMultipleChoice,
+        RobertaForMultipleChoice,
+        AlbertForMultipleChoice,
+        NezhaForMultipleChoice,
+        ElectraForMultipleChoice,
+        RoFormerForMultipleChoice,
+    ),
 }
 
 __all__ = [candidate.__name__ for candidates in CLASSES.values() for candidate in candidates] + [
@@ -37,8 +111,9 @@ __all__ = [candidate.__name__ for candidates in CLASSES.values() for candidate i
 
 def model_class(model_type: str, task: str = "masked_lm"):
     """The class of a family for a task: "model" (the bare encoder), "masked_lm", "pretraining" (both heads of BERT,
-    ALBERT and NEZHA; ELECTRA's discriminator), or "joint_pretraining" (ELECTRA's generator and discriminator together).
-    `ConfigError` if there is none.
+    ALBERT and NEZHA; ELECTRA's discriminator), "joint_pretraining" (ELECTRA's generator and discriminator together),
+    "sequence_classification", "token_classification", "question_answering" or "multiple_choice". `ConfigError` if there
+    is none.
     """
     for candidate in CLASSES.get(task, ()):
         if candidate.model_type == model_type:
@@ -49,18 +124,19 @@ def model_class(model_type: str, task: str = "masked_lm"):
     raise ConfigError(f"there is no class for model_type {model_type!r} and task {task!r}; there are: {have}")
 
 
-def from_pretrained(folder, dtype=None, device=None):
+def from_pretrained(folder, dtype=None, device=None, revision=None, **changes):
     """The model in `folder`, of the class that its `config.json` names under "architectures" (or its family's bare
-    encoder if it names none).
+    encoder if it names none); arguments as in the from_pretrained of every class.
     """
+    folder = hub.local_folder(folder, revision)
     name = checkpoint.architecture(folder)
     by_name = {candidate.__name__: candidate for candidates in CLASSES.values() for candidate in candidates}
     if name is None:
         config = EncoderConfig.from_json_file(checkpoint.config_file(folder))
-        return model_class(config.model_type, "model").from_pretrained(folder, dtype, device)
+        return model_class(config.model_type, "model").from_pretrained(folder, dtype, device, **changes)
     if name not in by_name:
         raise CheckpointError(
             f"model folder {folder} holds a {name}, which fastbert does not have; call from_pretrained of one of "
             f"{', '.join(by_name)}"
         )
-    return by_name[name].from_pretrained(folder, dtype, device)
+    return by_name[name].from_pretrained(folder, dtype, device, **changes)

@@ -5,12 +5,19 @@ As in the original code, dropout follows the feed-forward's output too; transfor
 to version 1 in training.
 """
 
-from fastbert.models.base import EMBEDDING_PARTS, EncoderModel, MaskedLMModel, PublishedNames
+from fastbert.models.base import EMBEDDING_PARTS, TASK_HEAD_PARTS, EncoderModel, MaskedLMModel, PublishedNames
 from fastbert.models.pretraining import SentenceOrderModel
+from fastbert.models.tasks import (
+    MultipleChoiceModel,
+    QuestionAnsweringModel,
+    SequenceClassificationModel,
+    TokenClassificationModel,
+)
 
 NAMES = PublishedNames(
     "albert",
     EMBEDDING_PARTS
+    | TASK_HEAD_PARTS
     | {
         "embeddings.projection": "encoder.embedding_hidden_mapping_in",
         "pooler.dense": "pooler",
@@ -49,3 +56,23 @@ class AlbertForMaskedLM(MaskedLMModel):
 class AlbertForPreTraining(SentenceOrderModel):
     __doc__ = "ALBERT as it is pretrained, with both heads.\n\n" + SentenceOrderModel.__doc__
     model_type, names, model_class = "albert", NAMES, AlbertModel
+
+
+class AlbertForSequenceClassification(SequenceClassificationModel):
+    __doc__ = "ALBERT with a head that labels sequences.\n\n" + SequenceClassificationModel.__doc__
+    model_type, names, model_class, pools = "albert", NAMES, AlbertModel, True
+
+
+class AlbertForTokenClassification(TokenClassificationModel):
+    __doc__ = "ALBERT with a head that labels tokens.\n\n" + TokenClassificationModel.__doc__
+    model_type, names, model_class = "albert", NAMES, AlbertModel
+
+
+class AlbertForQuestionAnswering(QuestionAnsweringModel):
+    __doc__ = "ALBERT with a head that finds an answer.\n\n" + QuestionAnsweringModel.__doc__
+    model_type, names, model_class = "albert", NAMES, AlbertModel
+
+
+class AlbertForMultipleChoice(MultipleChoiceModel):
+    __doc__ = "ALBERT with a head that chooses among texts.\n\n" + MultipleChoiceModel.__doc__
+    model_type, names, model_class, pools = "albert", NAMES, AlbertModel, True

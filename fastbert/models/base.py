@@ -4,48 +4,22 @@ family file adds what is peculiar to it.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastbert import checkpoint
+from fastbert import checkpoint, hub
 from fastbert.config import EncoderConfig
 from fastbert.errors import ConfigError, ShapeError
+from fastbert.models.arguments import as_in_transformers
 from fastbert.models.labels import check_word_labels, labelled_rows
+from fastbert.models.outputs import ModelOutput
 from fastbert.nn import Embeddings, Encoder, MaskedLMHead, Pooler
 from fastbert.ops import checks
 from fastbert.ops.sequences import check_packed
 from fastbert.packing import Layout, packed_layout, padded_layout, positions_in_sequence
-
-
-@dataclass
-class ModelOutput:
-    """Fields by name, and by index as in transformers: an index counts the fields that are not None."""
-
-    def to_tuple(self) -> tuple:
-        return tuple(getattr(self, name) for name in self.keys())
-
-    def keys(self) -> list[str]:
-        """The names of the fields that are not None."""
-        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.keys()
-
-    def __getitem__(self, key: int | slice | str):
-        if not isinstance(key, str):
-            return self.to_tuple()[key]
-        if key not in self:
-            raise KeyError(f"{key!r}; this {type(self).__name__} has {', '.join(self.keys())}")
-        return getattr(self, key)
-
-    def __iter__(self):
-        return iter(self.to_tuple())
-
-    def __len__(self) -> int:
-        return len(self.to_tuple())
 
 
 @dataclass
@@ -120,7 +94,17 @@ EMBEDDING_PARTS = {
     "embeddings.token_type": "embeddings.token_type_embeddings",
     "embeddings.norm": "embeddings.LayerNorm",
 }
-BERT_HEAD_PARTS = {
+TASK_HEAD_PARTS = {
+    "sequence_head.classifier": "classifier",
+    "token_head.classifier": "classifier",
+    "span_head.classifier": "qa_outputs",
+    "choice_head.classifier": "classifier",
+}
+DENSE_SEQUENCE_HEAD_PARTS = {
+    "sequence_head.dense": "classifier.dense",
+    "sequence_head.classifier": "classifier.out_proj",
+}
+BERT_HEAD_PARTS = TASK_HEAD_PARTS | {
     "sentence_head.classifier": "cls.seq_relationship",
     "head.dense": "cls.predictions.transform.dense",
     "head.norm": "cls.predictions.transform.LayerNorm",
@@ -180,21 +164,35 @@ class PretrainedModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     @classmethod
-    def from_pretrained(cls, folder, dtype: torch.dtype | str | None = None, device=None):
+    def from_pretrained(
+        cls,
+        folder,
+        dtype: torch.dtype | str | None = None,
+        device=None,
+        revision: str | None = None,
+        ignore_mismatched_sizes: bool = False,
+        **changes,
+    ):
         """The model in `folder`, in evaluation mode.
 
-        folder: `config.json` with `model.safetensors`, or a sharded `model.safetensors.index.json`, or
-          `pytorch_model.bin` (read with weights_only).
-        dtype: of the parameters, a floating torch.dtype or its name, default as stored; device: default CPU.
+        folder: `config.json` with `model.safetensors` or `pytorch_model.bin` (read with weights_only), either of them
+          whole or in shards with an index, under the names of transformers or of another implementation that
+          fastbert.ports knows. If there is no such folder, the name of a model on the Hugging Face hub, such as
+          "hfl/chinese-roberta-wwm-ext", which is downloaded with the extra hf (see fastbert.hub).
+        dtype: of the parameters, a floating torch.dtype or its name, default as stored; device: default CPU;
+        revision: branch, tag or commit of a model on the hub.
+        ignore_mismatched_sizes: draw a head of another shape anew, and say so, instead of refusing it.
+        changes: fields of the config to change, such as num_labels=3 or classifier_dropout=0.1.
 
         Tensors of head and pooler that the folder lacks are drawn anew and named in a warning, as are tensors that the
-        model has no place for. `MissingFileError`, `ConfigError` or `CheckpointError` name what is absent, damaged or
-        of the wrong shape.
+        model has no place for. `MissingFileError`, `ConfigError` or `CheckpointError` name what is absent, damaged, of
+        the wrong shape or not finite.
         """
-        config = EncoderConfig.from_json_file(checkpoint.config_file(folder), cls.model_type)
+        folder = hub.local_folder(folder, revision)
+        config = EncoderConfig.from_json_file(checkpoint.config_file(folder), cls.model_type).changed(**changes)
         with torch.device("meta"):
             model = cls(config)
-        checkpoint.load(model, folder, dtype=dtype, device=device)
+        checkpoint.load(model, folder, dtype=dtype, device=device, new_heads=ignore_mismatched_sizes)
         return model.eval()
 
     def save_pretrained(self, folder) -> None:
@@ -233,8 +231,9 @@ class EncoderModel(PretrainedModel):
 
     input_ids int64 `[B, L]` with attention_mask bool or integer `[B, L]` (non-zero: real token), or packed `[T]` with
     cu_seqlens int32 `[B + 1]`. token_type_ids, position_ids: int64 like input_ids; position_ids only where the family
-    has a position table. Returns `EncoderOutput`, zero at padded positions; with return_rows, what a head needs, a
-    `HeadRows`: with labels (as a head takes them) only of the rows that have one, and what is pooled.
+    has a position table. Returns `EncoderOutput`, zero at padded positions; with return_rows or return_first, what a
+    head needs, a `HeadRows`: with labels (as a head takes them) only of the rows that have one; with return_first only
+    of each sequence's first token, `[B, C]`; and what is pooled.
 
     `ShapeError`, `DtypeError` for arguments that do not fit and for sequences longer than the position table;
     `DataError` for ids outside their table.
@@ -249,6 +248,7 @@ class EncoderModel(PretrainedModel):
         self.pooler = Pooler(config) if self.has_pooler and add_pooling_layer else None
         self.apply(self.initialize)
 
+    @as_in_transformers
     def forward(
         self,
         input_ids: Tensor,
@@ -260,6 +260,7 @@ class EncoderModel(PretrainedModel):
         max_seqlen: int | None = None,
         output_hidden_states: bool = False,
         return_rows: bool = False,
+        return_first: bool = False,
         labels: Tensor | None = None,
         label_positions: Tensor | None = None,
     ) -> EncoderOutput | HeadRows:
@@ -273,20 +274,25 @@ class EncoderModel(PretrainedModel):
                 raise ShapeError("labels are for return_rows without output_hidden_states: a head has the loss")
             labels, positions = labelled_rows(labels, label_positions, layout)
         only = positions if layout.key_padding_mask is None else None
-        both = only is not None and self.pooler is not None and len(x) > 0
+        if return_first and layout.key_padding_mask is None and len(x) > 0 and not output_hidden_states:
+            only = layout.starts(len(x))
+        both = positions is not None and only is positions and self.pooler is not None and len(x) > 0
         if both:  # the pooler reads each sequence's first row
             only = torch.cat([positions, layout.starts(len(x))])
         rows, states = self.encoder(x, rows=only, output_hidden_states=output_hidden_states, **layout.attention)
         states = None if states is None else tuple(layout.unpack(state) for state in states)
         pooled = None
-        if both:
+        if return_first:
+            rows = layout.first(rows) if only is None else layout.of_real(rows)
+            pooled = None if self.pooler is None else self.pooler(rows)
+        elif both:
             rows, first = rows[: len(positions)], rows[len(positions) :]
             pooled = self.pooler(layout.of_real(first))
         elif self.pooler is not None:
             pooled = self.pooler(layout.first(rows))
         if labels is not None and only is None:
             rows = rows.flatten(0, -2) if positions is None else rows.flatten(0, -2).index_select(0, positions)
-        if return_rows:
+        if return_rows or return_first:
             return HeadRows(rows, layout, states, labels, pooled)
         return EncoderOutput(layout.unpack(rows), pooled, states)
 
@@ -399,6 +405,7 @@ class MaskedLMModel(PretrainedModel):
         self.head = MaskedLMHead(config, self.head_act)
         self.head.apply(self.initialize)
 
+    @as_in_transformers
     def forward(
         self,
         input_ids: Tensor,

@@ -2,6 +2,12 @@
 
 from fastbert.models.base import BERT_HEAD_PARTS, EMBEDDING_PARTS, EncoderModel, MaskedLMModel, PublishedNames
 from fastbert.models.pretraining import NextSentenceModel
+from fastbert.models.tasks import (
+    MultipleChoiceModel,
+    QuestionAnsweringModel,
+    SequenceClassificationModel,
+    TokenClassificationModel,
+)
 
 NAMES = PublishedNames("bert", EMBEDDING_PARTS | {"pooler.dense": "pooler.dense"} | BERT_HEAD_PARTS)
 
@@ -19,3 +25,23 @@ class BertForMaskedLM(MaskedLMModel):
 class BertForPreTraining(NextSentenceModel):
     __doc__ = "BERT as it is pretrained, with both heads.\n\n" + NextSentenceModel.__doc__
     model_type, names, model_class = "bert", NAMES, BertModel
+
+
+class BertForSequenceClassification(SequenceClassificationModel):
+    __doc__ = "BERT with a head that labels sequences.\n\n" + SequenceClassificationModel.__doc__
+    model_type, names, model_class, pools = "bert", NAMES, BertModel, True
+
+
+class BertForTokenClassification(TokenClassificationModel):
+    __doc__ = "BERT with a head that labels tokens.\n\n" + TokenClassificationModel.__doc__
+    model_type, names, model_class = "bert", NAMES, BertModel
+
+
+class BertForQuestionAnswering(QuestionAnsweringModel):
+    __doc__ = "BERT with a head that finds an answer.\n\n" + QuestionAnsweringModel.__doc__
+    model_type, names, model_class = "bert", NAMES, BertModel
+
+
+class BertForMultipleChoice(MultipleChoiceModel):
+    __doc__ = "BERT with a head that chooses among texts.\n\n" + MultipleChoiceModel.__doc__
+    model_type, names, model_class, pools = "bert", NAMES, BertModel, True

@@ -11,16 +11,25 @@ from torch import Tensor
 
 from fastbert.config import EncoderConfig
 from fastbert.errors import CheckpointError, ConfigError, ShapeError
+from fastbert.models.arguments import as_in_transformers
 from fastbert.models.base import (
+    DENSE_SEQUENCE_HEAD_PARTS,
     EMBEDDING_PARTS,
+    TASK_HEAD_PARTS,
     EncoderModel,
     LossTerm,
     MaskedLMModel,
-    ModelOutput,
     PretrainedModel,
     PublishedNames,
 )
 from fastbert.models.labels import IGNORE_INDEX, check_labels, check_word_labels, labelled_rows, labels_of_rows
+from fastbert.models.outputs import ModelOutput
+from fastbert.models.tasks import (
+    MultipleChoiceModel,
+    QuestionAnsweringModel,
+    SequenceClassificationModel,
+    TokenClassificationModel,
+)
 from fastbert.nn import DiscriminatorHead
 
 GENERATOR = "generator"  # the folder of the generator in that of the discriminator
@@ -29,7 +38,10 @@ _SHARED = ("word", "position", "token_type", "norm")
 NAMES = PublishedNames(
     "electra",
     EMBEDDING_PARTS
+    | TASK_HEAD_PARTS
+    | DENSE_SEQUENCE_HEAD_PARTS
     | {
+        "choice_head.dense": "sequence_summary.summary",
         "embeddings.projection": "embeddings_project",
         "head.dense": "generator_predictions.dense",
         "head.norm": "generator_predictions.LayerNorm",
@@ -84,6 +96,7 @@ class ElectraForPreTraining(PretrainedModel):
         self.head = DiscriminatorHead(config)
         self.head.apply(self.initialize)
 
+    @as_in_transformers
     def forward(
         self,
         input_ids: Tensor,
@@ -118,6 +131,38 @@ class ElectraForPreTraining(PretrainedModel):
             losses = F.binary_cross_entropy_with_logits(wide, (labels == 1).to(wide.dtype), reduction="none")
             loss = losses.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1)
         return ReplacedTokenOutput(loss, layout.unpack(logits), states)
+
+
+class ElectraForSequenceClassification(SequenceClassificationModel):
+    __doc__ = "ELECTRA with a head that labels sequences.\n\n" + SequenceClassificationModel.__doc__
+    model_type, names, model_class = "electra", NAMES, ElectraModel
+    dense_act = "gelu"
+
+
+class ElectraForTokenClassification(TokenClassificationModel):
+    __doc__ = "ELECTRA with a head that labels tokens.\n\n" + TokenClassificationModel.__doc__
+    model_type, names, model_class = "electra", NAMES, ElectraModel
+
+
+class ElectraForQuestionAnswering(QuestionAnsweringModel):
+    __doc__ = "ELECTRA with a head that finds an answer.\n\n" + QuestionAnsweringModel.__doc__
+    model_type, names, model_class = "electra", NAMES, ElectraModel
+
+
+class ElectraForMultipleChoice(MultipleChoiceModel):
+    __doc__ = "ELECTRA with a head that chooses among texts.\n\n" + MultipleChoiceModel.__doc__
+    model_type, names, model_class = "electra", NAMES, ElectraModel
+    dense_act = "gelu"
+    summary_keys = {
+        "summary_type": "first",
+        "summary_use_proj": True,
+        "summary_activation": "gelu",
+        "summary_last_dropout": 0.1,
+    }
+
+    @property
+    def dropout_p(self) -> float:
+        return self.summary_keys["summary_last_dropout"]
 
 
 @dataclass
@@ -182,6 +227,7 @@ class ElectraForJointPreTraining(PretrainedModel):
             LossTerm("discriminator_loss", weight=self.discriminator_weight, per="token"),
         )
 
+    @as_in_transformers
     def forward(
         self,
         input_ids: Tensor,

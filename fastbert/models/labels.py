@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastbert.errors import ShapeError
+from fastbert.errors import DataError, DtypeError, ShapeError
 from fastbert.ops import checks
 from fastbert.packing import Layout
 
@@ -17,6 +17,32 @@ def check_labels(labels: Tensor, places: Tensor, limit: int, of: str, like: str 
     if labels.shape != places.shape:
         raise ShapeError(f"labels has shape {list(labels.shape)}; expected {list(places.shape)}, the shape of {like}")
     checks.indices("labels", labels, limit, of, besides=IGNORE_INDEX)
+
+
+def check_class_labels(labels: Tensor, logits: tuple[int, ...], of: str) -> None:
+    """Labels are integers, one for each row of logits `[B, N]`, from 0 to N - 1 or IGNORE_INDEX."""
+    checks.tensors(labels=labels)
+    checks.integer(labels=labels)
+    if labels.shape != logits[:1]:
+        raise ShapeError(f"labels has shape {list(labels.shape)}; expected {list(logits[:1])}, one for each sequence")
+    checks.indices("labels", labels, logits[1], of, besides=IGNORE_INDEX)
+
+
+def check_values(labels: Tensor, shape: tuple[int, ...], between: tuple[float, float] | None = None) -> None:
+    """Labels are finite numbers of that shape, between two others. Their values are looked at on the CPU only: on a GPU
+    that would have to be waited for."""
+    if labels.is_complex():
+        raise DtypeError(f"labels is {labels.dtype}; expected bool, integers or floating numbers")
+    if labels.shape != shape:
+        raise ShapeError(f"labels has shape {list(labels.shape)}; expected {list(shape)}")
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
+        return
+    least, most = between or (-torch.inf, torch.inf)
+    wrong = ~torch.isfinite(labels) | (labels < least) | (labels > most)
+    if wrong.any():
+        place = wrong.nonzero()[0].tolist()
+        limits = "a finite number" if between is None else f"{least} to {most}"
+        raise DataError(f"labels{place}: got {labels[tuple(place)].item()}, expected {limits}")
 
 
 def check_word_labels(

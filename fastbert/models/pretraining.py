@@ -11,9 +11,11 @@ from torch import Tensor
 
 from fastbert.config import EncoderConfig
 from fastbert.errors import ShapeError
-from fastbert.models.base import LossTerm, MaskedLMModel, ModelOutput
+from fastbert.models.arguments import as_in_transformers
+from fastbert.models.base import LossTerm, MaskedLMModel
 from fastbert.models.labels import IGNORE_INDEX
-from fastbert.nn import SentenceHead
+from fastbert.models.outputs import ModelOutput
+from fastbert.nn import Classifier
 from fastbert.ops import checks
 
 
@@ -65,7 +67,7 @@ class PretrainingModel(MaskedLMModel):
 
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
-        self.sentence_head = SentenceHead(config, self.sentence_dropout)
+        self.sentence_head = Classifier(config, 2, self.sentence_dropout)
         self.sentence_head.apply(self.initialize)
 
     def _predict_both(self, sentence_labels: Tensor | None, *inputs, return_logits: bool, **named) -> ModelOutput:
@@ -114,6 +116,7 @@ class NextSentenceModel(PretrainingModel):
     sentence_label, sentence_output = "next_sentence_label", NextSentenceOutput
     terms = (LossTerm("mlm_loss"), LossTerm("nsp_loss", per="sample"))
 
+    @as_in_transformers
     def forward(
         self,
         input_ids: Tensor,
@@ -162,6 +165,7 @@ class SentenceOrderModel(PretrainingModel):
     sentence_dropout = 0.1
     terms = (LossTerm("mlm_loss"), LossTerm("sop_loss", per="sample"))
 
+    @as_in_transformers
     def forward(
         self,
         input_ids: Tensor,

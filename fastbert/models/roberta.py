@@ -4,12 +4,27 @@ head that is always exact GELU.
 
 from torch import Tensor
 
-from fastbert.models.base import EMBEDDING_PARTS, EncoderModel, MaskedLMModel, PublishedNames
+from fastbert.models.base import (
+    DENSE_SEQUENCE_HEAD_PARTS,
+    EMBEDDING_PARTS,
+    TASK_HEAD_PARTS,
+    EncoderModel,
+    MaskedLMModel,
+    PublishedNames,
+)
+from fastbert.models.tasks import (
+    MultipleChoiceModel,
+    QuestionAnsweringModel,
+    SequenceClassificationModel,
+    TokenClassificationModel,
+)
 from fastbert.packing import Layout
 
 NAMES = PublishedNames(
     "roberta",
     EMBEDDING_PARTS
+    | TASK_HEAD_PARTS
+    | DENSE_SEQUENCE_HEAD_PARTS
     | {
         "pooler.dense": "pooler.dense",
         "head.dense": "lm_head.dense",
@@ -43,3 +58,28 @@ class RobertaModel(EncoderModel):
 class RobertaForMaskedLM(MaskedLMModel):
     __doc__ = "RoBERTa with the masked-language-model head.\n\n" + MaskedLMModel.__doc__
     model_type, names, model_class, head_act = "roberta", NAMES, RobertaModel, "gelu"
+
+
+class RobertaForSequenceClassification(SequenceClassificationModel):
+    __doc__ = "RoBERTa with a head that labels sequences.\n\n" + SequenceClassificationModel.__doc__
+    model_type, names, model_class = "roberta", NAMES, RobertaModel
+    dense_act = "tanh"
+
+
+class RobertaForTokenClassification(TokenClassificationModel):
+    __doc__ = "RoBERTa with a head that labels tokens.\n\n" + TokenClassificationModel.__doc__
+    model_type, names, model_class = "roberta", NAMES, RobertaModel
+
+
+class RobertaForQuestionAnswering(QuestionAnsweringModel):
+    __doc__ = "RoBERTa with a head that finds an answer.\n\n" + QuestionAnsweringModel.__doc__
+    model_type, names, model_class = "roberta", NAMES, RobertaModel
+
+
+class RobertaForMultipleChoice(MultipleChoiceModel):
+    __doc__ = "RoBERTa with a head that chooses among texts.\n\n" + MultipleChoiceModel.__doc__
+    model_type, names, model_class, pools = "roberta", NAMES, RobertaModel, True
+
+    @property
+    def dropout_p(self) -> float:
+        return self.config.hidden_dropout_prob

@@ -4,7 +4,20 @@ import torch
 from torch import Tensor
 
 from fastbert.config import EncoderConfig
-from fastbert.models.base import BERT_HEAD_PARTS, EMBEDDING_PARTS, EncoderModel, MaskedLMModel, PublishedNames
+from fastbert.models.base import (
+    BERT_HEAD_PARTS,
+    DENSE_SEQUENCE_HEAD_PARTS,
+    EMBEDDING_PARTS,
+    EncoderModel,
+    MaskedLMModel,
+    PublishedNames,
+)
+from fastbert.models.tasks import (
+    MultipleChoiceModel,
+    QuestionAnsweringModel,
+    SequenceClassificationModel,
+    TokenClassificationModel,
+)
 
 
 def _constants(config: EncoderConfig) -> dict[str, Tensor]:
@@ -17,7 +30,7 @@ def _constants(config: EncoderConfig) -> dict[str, Tensor]:
 
 NAMES = PublishedNames(
     "roformer",
-    EMBEDDING_PARTS | {"embeddings.projection": "embeddings_project"} | BERT_HEAD_PARTS,
+    EMBEDDING_PARTS | {"embeddings.projection": "embeddings_project"} | BERT_HEAD_PARTS | DENSE_SEQUENCE_HEAD_PARTS,
     constants=_constants,
 )
 
@@ -30,3 +43,33 @@ class RoFormerModel(EncoderModel):
 class RoFormerForMaskedLM(MaskedLMModel):
     __doc__ = "RoFormer with the masked-language-model head.\n\n" + MaskedLMModel.__doc__
     model_type, names, model_class = "roformer", NAMES, RoFormerModel
+
+
+class RoFormerForSequenceClassification(SequenceClassificationModel):
+    __doc__ = "RoFormer with a head that labels sequences.\n\n" + SequenceClassificationModel.__doc__
+    model_type, names, model_class = "roformer", NAMES, RoFormerModel
+
+    @property
+    def dense_act(self) -> str:
+        return self.config.hidden_act
+
+
+class RoFormerForTokenClassification(TokenClassificationModel):
+    __doc__ = "RoFormer with a head that labels tokens.\n\n" + TokenClassificationModel.__doc__
+    model_type, names, model_class = "roformer", NAMES, RoFormerModel
+
+
+class RoFormerForQuestionAnswering(QuestionAnsweringModel):
+    __doc__ = "RoFormer with a head that finds an answer.\n\n" + QuestionAnsweringModel.__doc__
+    model_type, names, model_class = "roformer", NAMES, RoFormerModel
+
+
+class RoFormerForMultipleChoice(MultipleChoiceModel):
+    __doc__ = "RoFormer with a head that chooses among texts.\n\n" + MultipleChoiceModel.__doc__
+    model_type, names, model_class = "roformer", NAMES, RoFormerModel
+    summary = "last"  # as transformers has it, of the tokens that are real
+    summary_keys = {"summary_type": "last", "summary_use_proj": False, "summary_activation": None}
+
+    @property
+    def dropout_p(self) -> float:
+        return 0.0

@@ -1,0 +1,118 @@
+"""Weight files -> tensors by the names in them, safetensors first. Nothing here unpickles: `pytorch_model.bin` goes
+through `weights_only`, which builds tensors and refuses all else before any of it runs.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastbert.errors import CheckpointError, MissingFileError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+LEGACY, LEGACY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+def read_tensors(folder) -> dict[str, Tensor]:
+    """All tensors of a model folder by the names in its files, on the CPU.
+
+    Read is the first that there is of `model.safetensors`, `model.safetensors.index.json`, `pytorch_model.bin` and
+    `pytorch_model.bin.index.json`; an index names the file of each tensor. `MissingFileError`: there is none of them,
+    or no file that the index names. `CheckpointError`: a file is damaged, holds something else than tensors or would
+    run code; the index names a file outside the folder, or it and the files disagree.
+    """
+    folder = Path(folder)
+    if (folder / WEIGHTS).is_file():
+        return read_safetensors(folder / WEIGHTS)
+    if (folder / INDEX).is_file():
+        return _read_shards(folder / INDEX, read_safetensors)
+    if (folder / LEGACY).is_file():
+        return read_bin(folder / LEGACY)
+    if (folder / LEGACY_INDEX).is_file():
+        return _read_shards(folder / LEGACY_INDEX, read_bin)
+    raise MissingFileError(
+        f"model folder {folder} has no weights; expected {WEIGHTS}, {INDEX}, {LEGACY} or {LEGACY_INDEX}"
+    )
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file; `CheckpointError` if it is damaged."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
+        raise CheckpointError(f"weights file {path} is damaged or not safetensors: {error}") from None
+
+
+def read_bin(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file that torch.save wrote; `CheckpointError` if it holds anything else or is damaged."""
+    return plain_tensors(read_pickle(path), path)
+
+
+def read_pickle(path: Path, classes: Sequence[type] = ()):
+    """What torch.save wrote of tensors, containers, numbers, text and instances of `classes`; `CheckpointError` if
+    there is anything else in it, before any of it runs, or it is damaged.
+    """
+    try:
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or malicious file makes torch raise
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        last = " ".join(str(error).strip().splitlines()[-1:])  # before it stands advice to read the file unsafely
+        reason = f"it refers to {found[1]}, which is no tensor" if found else f"{type(error).__name__} {last}".strip()
+        raise CheckpointError(f"weights file {path} cannot be read with weights_only: {reason}") from None
+
+
+def plain_tensors(content, path: Path) -> dict[str, Tensor]:
+    """The content of the file `path`, which must be tensors by name."""
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise CheckpointError(f"weights file {path} holds a {type(content).__name__}; expected tensors by name")
+    for name, tensor in content.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"weights file {path} holds {name!r}, a {type(tensor).__name__}; expected tensors by name only"
+            )
+    return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    files = _files(index)
+    tensors, owner = {}, {}
+    for name in sorted(set(files.values())):
+        path = index.parent / name
+        if Path(name).name != name or name in (".", ".."):
+            raise CheckpointError(f"index file {index} names the file {name!r}; expected one in its own folder")
+        if not path.is_file():
+            raise MissingFileError(f"weights file {path}, named in {index.name}, does not exist in the model folder")
+        for tensor_name, tensor in read(path).items():
+            if tensor_name in owner:
+                raise CheckpointError(
+                    f"tensor {tensor_name} is in {owner[tensor_name]} and in {name}; expected it once"
+                )
+            if files.get(tensor_name) != name:
+                raise CheckpointError(
+                    f"tensor {tensor_name} is in {path}; index file {index} names {files.get(tensor_name)!r} for it"
+                )
+            tensors[tensor_name], owner[tensor_name] = tensor, name
+    if absent := sorted(set(files) - set(tensors)):
+        raise CheckpointError(f"model folder {index.parent} lacks tensors that {index.name} names: {listed(absent)}")
+    return tensors
+
+
+def _files(index: Path) -> dict[str, str]:
+    try:
+        files = json.loads(index.read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"index file {index} is not a JSON object with a weight_map: {error}") from None
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise CheckpointError(f"index file {index} has the weight_map {str(files)[:80]}; expected files by tensor")
+    return files
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """The first names, and how many there are besides."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
