@@ -208,8 +208,8 @@ def test_missing_folder_config_and_weights(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(MissingFileError, match="no weights"):
         fastbert.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForMultipleChoice"]}))
-    with pytest.raises(CheckpointError, match="BertForMultipleChoice.*BertForMaskedLM"):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForNextSentencePrediction"]}))
+    with pytest.raises(CheckpointError, match="BertForNextSentencePrediction.*BertForMaskedLM"):
         fastbert.from_pretrained(tmp_path)
 
 
