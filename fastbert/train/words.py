@@ -43,14 +43,12 @@ def to_words(
     pad_token_id would change, from which its positions count. DataError: `out` exists already, a word is none, or none
     is new.
     """
-    folder, out = Path(folder), Path(out)
+    folder, out = Path(folder), checkpoint.new_folder(out)
     check("pad_to_multiple_of", pad_to_multiple_of, int, "an integer of at least 1", lambda multiple: multiple >= 1)
     checkpoint.config_file(folder)
     old = Tokenizer.from_pretrained(folder)
     if old.level != "char":
         raise ConfigError(f"{folder} has a tokenizer of level {old.level!r}, expected 'char'")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists already, expected a new folder")
     reduced, new = old.reduced(), old.with_words(_listed(words))
     if new.vocab_size == reduced.vocab_size:
         raise DataError(f"no word is new to the vocabulary of {folder}, expected some of two or more characters")
@@ -68,7 +66,7 @@ def to_words(
 
 def _changed(folder: Path, old: Tokenizer, reduced: Tokenizer, new: Tokenizer, rows: int) -> tuple[dict, dict]:
     """The config and the tensors of a model with the new vocabulary."""
-    config = _read_config(checkpoint.config_file(folder))
+    config = checkpoint.read_config(checkpoint.config_file(folder))
     if config.get("model_type") == "roberta" and config.get("pad_token_id", 1) != new.pad_id:
         pad_id = config.get("pad_token_id", 1)
         raise ConfigError(
@@ -116,13 +114,3 @@ def _listed(words: Iterable[str] | str | PathLike) -> list[str]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: invalid UTF-8 at byte offset {error.start}") from error
     return [line.strip() for line in lines if line.strip()]
-
-
-def _read_config(path: Path) -> dict:
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"config file {path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"config file {path} holds a JSON {type(config).__name__}, expected an object")
-    return config
