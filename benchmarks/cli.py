@@ -45,7 +45,7 @@ OPS = (
     "shared_linear",
     "lamb",
 )
-MODELS = ("models", "latency", "train", "feed", "prepare")
+MODELS = ("models", "accelerate", "latency", "train", "feed", "prepare")
 COMMANDS = ("report", "static")
 SPOILT = 3
 # What sizes that are no whole numbers may be: (least, largest).

@@ -48,7 +48,7 @@ MEASURING = {
         "models --shape family=bert part=encoder",
     ],
     "layer": ["dropout_add_layer_norm", "bias_gelu", "linear_cross_entropy", "embedding_layer_norm"],
-    "train": ["train", "feed", "prepare", "models"],
+    "train": ["train", "feed", "prepare", "models", "accelerate"],
     "latency": ["latency", "encoder_layers"],
     "sweep": [
         *(f"{op}_attention --sweep --cases :2" for op in ("rotary", "relative")),

@@ -263,6 +263,7 @@ def test_the_status_has_every_benchmark_and_the_gpus_to_come():
     assert {op for op, _, _ in found} == {*cli.OPS, *cli.MODELS}
     backends = {"fastbert-triton", "fastbert-torch", "fastbert-cuda"}
     models = {"fastbert", "fastbert-labelled", "fastbert-latency", "fastbert-compile", "fastbert-cuda-graphs"}
+    models.add("fastbert-accelerated")
     assert {provider for _, provider, _ in found} == backends | models
     for line in found.values():
         assert line["NVIDIA H100"] == line["NVIDIA H200"]
