@@ -17,6 +17,6 @@ def __getattr__(name):
 
     if name == "compile_for_latency":
         return importlib.import_module("fastbert.latency").compile_for_latency
-    if name in ("latency", "data", "train", "optim", "testing", "nn", "reference"):
+    if name in ("latency", "data", "train", "finetune", "hf", "optim", "testing", "nn", "reference"):
         return importlib.import_module(f"fastbert.{name}")
     raise AttributeError(f"module 'fastbert' has no attribute {name!r}")

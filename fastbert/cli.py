@@ -1,4 +1,5 @@
-"""The commands: `fastbert pretrain`, `prepare`, `prepare similar-words`, `convert`, `bench`, `info`.
+"""The commands: `fastbert pretrain`, `finetune`, `predict`, `prepare`, `prepare similar-words`, `convert`, `bench`,
+`info`.
 
 Every option is a field of an option class of fastbert.train.config; a command adds no settings of its own. `bench`
 reads its own command line.
@@ -10,6 +11,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +21,7 @@ import yaml
 
 from fastbert import backend, extension
 from fastbert.errors import ConfigError, FastBertError
+from fastbert.finetune.options import DemoOptions, FinetuneConfig, PredictConfig
 from fastbert.train.config import (
     ConvertConfig,
     PrepareConfig,
@@ -67,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, run, options, text in (
         ("pretrain", _pretrain, (RecipeOptions, PretrainConfig), _PRETRAIN),
+        ("finetune", _finetune, (DemoOptions, FinetuneConfig), _FINETUNE),
+        ("predict", _predict, (PredictConfig,), _PREDICT),
         ("prepare", _prepare, (PrepareConfig,), _PREPARE),
         (_SIMILAR_WORDS, _similar_words, (SimilarWordsConfig,), _SIMILAR),
         ("convert", _convert, (ConvertConfig,), _CONVERT),
@@ -105,6 +110,23 @@ People's Daily in some minutes (--variant bert|roberta|albert|nezha|electra|rofo
 recipes:
 {textwrap.fill(", ".join(recipes()), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)}
 """
+_FINETUNE = """\
+Fine-tune a pretrained model: to classify texts or pairs, to tag words, to find answers.
+
+  fastbert finetune --demo sentiment                             a worked example on real data (sentiment, ner, pos)
+  fastbert finetune --task classification --model M --train a.csv --test b.csv --out runs/c
+  fastbert finetune --task classification --model M --train pairs.tsv --columns text=sentence1 text_pair=sentence2
+  fastbert finetune --task tagging --model M --train ner.conll --validation dev.conll --seeds 0 1 2
+  fastbert finetune --task qa --model M --train cmrc2018_train.json --validation cmrc2018_dev.json --max-length 384
+  torchrun --nproc-per-node 8 -m fastbert finetune ...                  on eight GPUs
+"""
+_PREDICT = """\
+Predict with a fine-tuned model. One JSON object a line, in the order of the texts.
+
+  fastbert predict --model runs/c/model --text "房间很干净"
+  fastbert predict --model runs/c/model --files new.csv --out predictions.jsonl
+  fastbert predict --model runs/c/model --files test.csv --labelled --out predictions.jsonl
+"""
 _PREPARE = """\
 Turn text files into a folder of token shards, for pretrain --data. See also: fastbert prepare similar-words.
 """
@@ -118,6 +140,8 @@ Make a table of similar words, for pretrain --masking macbert. From one of: vect
 _CONVERT = """\
 Make one model folder of another.
 
+  fastbert convert --from-tensorflow --model chinese_L-12_H-768_A-12 --out bert-base-chinese
+  fastbert convert --from-fairseq --model roberta.base --out roberta-base
   fastbert convert --to-words --model chinese-roberta-wwm-ext --files a.txt --count 20000 --out wobert
 """
 
@@ -160,8 +184,10 @@ def _assignment(text: str) -> tuple[str, object]:
 def _settings(options: argparse.Namespace, *kinds: type) -> list[dict]:
     """What the file and the command line set of each option class; the command line wins."""
     given = [{name: value for name, value in vars(options).items() if name in _names(kind)} for kind in kinds]
-    if isinstance(given[-1].get("model"), list):
-        given[-1]["model"] = dict(given[-1]["model"])
+    for kind, own in zip(kinds, given, strict=True):
+        for entry in fields(kind):
+            if entry.name in own and scalar_type(entry)[0] is dict:
+                own[entry.name] = dict(own[entry.name])
     if options.config is None:
         return given
     values = kinds[-1].read_yaml(options.config)
@@ -169,7 +195,7 @@ def _settings(options: argparse.Namespace, *kinds: type) -> list[dict]:
         found = {name: values.pop(name) for name in _names(kind) & set(values)}
         own.update(found | own)
         kind.from_dict(own, f"config file {options.config}")
-    kinds[-1].from_dict(values, f"config file {options.config}")
+    kinds[-1].check_keys(values, f"config file {options.config}")
     return [*given[:-1], values | given[-1]]
 
 
@@ -210,6 +236,26 @@ def _resume_command(argv: list[str]) -> str:
     return shlex.join(program + arguments)
 
 
+def _finetune(options: argparse.Namespace, _argv: list[str]) -> int:
+    from fastbert.finetune import demo, finetune
+
+    given, settings = _settings(options, DemoOptions, FinetuneConfig)
+    given = DemoOptions(**given)
+    if given.demo is not None:
+        results = demo(given.demo, settings, given.limit).values()
+    elif given.limit is not None:
+        raise ConfigError(f"limit is {given.limit}, which does nothing: it goes with a demo")
+    else:
+        results = [finetune(FinetuneConfig(**settings))]
+    return _INTERRUPTED if not results or any(result.interrupted for result in results) else 0
+
+
+def _predict(options: argparse.Namespace, _argv: list[str]) -> int:
+    from fastbert.finetune.command import predict_files
+
+    return predict_files(PredictConfig(**_settings(options, PredictConfig)[0]))
+
+
 def _prepare(options: argparse.Namespace, _argv: list[str]) -> int:
     from fastbert.train.setup import prepare_text
 
@@ -234,15 +280,42 @@ def _similar_words(options: argparse.Namespace, _argv: list[str]) -> int:
 
 
 def _convert(options: argparse.Namespace, _argv: list[str]) -> int:
-    from fastbert.data import frequent_words
-    from fastbert.train.words import to_words
-
-    config = ConvertConfig(**_settings(options, ConvertConfig)[0])
-    if not config.to_words:
-        raise ConfigError("to_words is not set, expected it: there is no other conversion yet")
+    (given,) = _settings(options, ConvertConfig)
+    config = ConvertConfig(**given)
+    chosen = [kind for kind in _CONVERSIONS if getattr(config, kind)]
+    if len(chosen) != 1:
+        raise ConfigError(f"set are {chosen}, expected one of {', '.join(_CONVERSIONS)}")
     for name in ("model", "out"):
         if getattr(config, name) is None:
             raise ConfigError(f"{name} is not set, expected a model folder")
+    convert, own = _CONVERSIONS[chosen[0]]
+    for name in given:
+        if name not in (*_CONVERSIONS, "model", "out", *own):
+            raise ConfigError(f"{name} is {given[name]!r}, expected it not to be set with {chosen[0]}")
+    convert(config)
+    return 0
+
+
+def _convert_tensorflow(config: ConvertConfig) -> None:
+    from fastbert.train.from_tensorflow import from_tensorflow
+
+    for done in from_tensorflow(config.model, config.out, variant=config.variant, activation=config.activation):
+        act = f"hidden_act {done.config.hidden_act}"
+        if done.config.hidden_act != done.written_act:
+            act += f" ({config.activation}; the config beside it says {done.written_act or 'nothing'})"
+        print(f"{done.folder}: {done.kind.__name__} of {config.model}, {act}")
+
+
+def _convert_fairseq(config: ConvertConfig) -> None:
+    from fastbert.train.from_fairseq import from_fairseq
+
+    print(f"{config.out}: {type(from_fairseq(config.model, config.out)).__name__} of {config.model}")
+
+
+def _convert_to_words(config: ConvertConfig) -> None:
+    from fastbert.data import frequent_words
+    from fastbert.train.words import to_words
+
     if (config.word_list is None) == (not config.files):
         raise ConfigError(f"word_list is {config.word_list!r} and files is {config.files!r}, expected one of the two")
     own = ("count", "words", "tag_separator", "min_frequency", "errors")
@@ -250,8 +323,17 @@ def _convert(options: argparse.Namespace, _argv: list[str]) -> int:
     tokenizer = to_words(config.model, config.out, words=words, pad_to_multiple_of=config.pad_vocab_to)
     added = tokenizer.vocab_size - tokenizer.reduced().vocab_size
     print(f"{config.out}: {config.model} with {tokenizer.vocab_size:,} tokens, {added:,} new words; train on from here")
-    return 0
 
+
+# What fastbert convert can do -> the function and its own options.
+_CONVERSIONS = {
+    "from_tensorflow": (_convert_tensorflow, ("variant", "activation")),
+    "from_fairseq": (_convert_fairseq, ()),
+    "to_words": (
+        _convert_to_words,
+        ("word_list", "files", "words", "tag_separator", "count", "min_frequency", "errors", "pad_vocab_to"),
+    ),
+}
 
 _AT_FIRST_USE = "it is compiled at first use (FASTBERT_BUILD=0 forbids it)"
 

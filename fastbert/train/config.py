@@ -14,6 +14,7 @@ from fastbert.data.objectives import check_objective
 from fastbert.data.segmenters import check_words
 from fastbert.errors import ConfigError, MissingFileError
 from fastbert.optim import OPTIMIZERS, SCHEDULES
+from fastbert.train.from_tensorflow import ACTIVATIONS, VARIANTS
 
 
 def option(default, help: str, *, choices=None, least=None, below=None):
@@ -36,11 +37,16 @@ class Options:
     @classmethod
     def from_dict(cls, values: dict, source: str = "config"):
         """The options with `values` set; an unknown key is a ConfigError with the nearest known one."""
+        cls.check_keys(values, source)
+        return cls(**values)
+
+    @classmethod
+    def check_keys(cls, values: dict, source: str = "config") -> None:
+        """ConfigError for a key that is no option."""
         known = {entry.name for entry in fields(cls)}
         for key in values:
             if key not in known:
                 raise ConfigError(f"{source}: unknown key {key!r} = {values[key]!r}{nearest(str(key), known)}")
-        return cls(**values)
 
     @staticmethod
     def read_yaml(path) -> dict:
@@ -121,6 +127,21 @@ class ConvertConfig(Options):
 
     model: str | None = option(None, "model folder to read, with its tokenizer")
     out: str | None = option(None, "model folder to write")
+    from_tensorflow: bool = option(
+        False, "model is a TensorFlow checkpoint, or the folder of one, with its config and vocabulary"
+    )
+    from_fairseq: bool = option(False, "model is fairseq's model.pt of a RoBERTa, or the folder of one")
+    variant: str | None = option(
+        None,
+        "with from_tensorflow: what it is, where its variables do not say",
+        choices=VARIANTS,
+    )
+    activation: str = option(
+        "as-trained",
+        "with from_tensorflow, where the config says gelu: what the training code computed (the tanh form in BERT, "
+        "ALBERT and NEZHA), or the exact form, as written and as most ports to PyTorch have it",
+        choices=ACTIVATIONS,
+    )
     to_words: bool = option(
         False, "give the model a vocabulary of words, as WoBERT got it; a new word begins as the mean of its characters"
     )

@@ -21,7 +21,15 @@ class Journal:
     begin(steps, done) opens the progress display; record(event, ...) adds one line to the log; say(text) is for people.
     """
 
-    def __init__(self, folder: Path | None, *, tensorboard: bool = False, resume_from: int | None = None):
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        title: str = "pretraining",
+        tensorboard: bool = False,
+        resume_from: int | None = None,
+    ):
+        self._title = title
         self._file = self._bar = self._board = None
         self._silent = folder is None
         self._last_line = self._begin = time.monotonic()
@@ -37,7 +45,7 @@ class Journal:
     def begin(self, steps: int, done: int) -> None:
         self._begin, self._steps, self._done = time.monotonic(), steps, done
         if not self._silent and sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=done, desc="pretraining", unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=steps, initial=done, desc=self._title, unit="step", dynamic_ncols=True)
 
     def record(self, event: str, **values) -> None:
         """One line of the log, and its numbers on TensorBoard."""

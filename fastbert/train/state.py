@@ -47,6 +47,18 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that appears whole, synced to disk, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def remove_folder(folder: Path) -> None:
     """Removes a folder, if it is there, so that no part of it is ever seen under its name."""
     shutil.rmtree(_aside(folder), ignore_errors=True)

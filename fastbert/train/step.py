@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.errors import ConfigError, FastBertError
-from fastbert.models.base import ModelOutput
+from fastbert.models.outputs import ModelOutput
 from fastbert.nn import Encoder
 from fastbert.optim import FusedLAMB, main_gradients
 from fastbert.train.distillation import Distillation
@@ -166,7 +166,8 @@ class TrainStep:
 
     model: in float32, on its device, in training mode. It states the `terms` of its loss, and returns their means as
     `losses`; each counts in an update by its share of all labels, samples or tokens. optimizer: over its parameters.
-    rate(step): the learning rate of the update that follows `step` made ones. dtype: what the model runs in; None:
+    rate(step): the learning rate of the update that follows `step` made ones, times the `lr_scale` of a
+    parameter group that has one. dtype: what the model runs in; None:
     float32. clip: largest norm of the gradients, 0: any; FusedLAMB has its own. compile: the loss through
     torch.compile, without a graph break. graphs: one CUDA graph for the gradients of each shape of a batch, and one for
     the rest of the update; the first batch of a shape runs without. Both pay where shapes are few (feed.Buckets).
@@ -198,7 +199,7 @@ class TrainStep:
         self.loss_scale = LossScale(world.device) if dtype == torch.float16 else None
         self.working = model if dtype is None else copy.deepcopy(model).to(dtype)
         self.gradients = MainGradients(model, self.working)
-        self.rates = Rates(rate, world.device)
+        self.rates, self._scaled = Rates(rate, world.device), {}
         self._place_rate()
         self._run = _compiled(self._forward) if compile else self._forward
         self._graphs = _Graphs(world.device) if graphs else None
@@ -322,6 +323,8 @@ class TrainStep:
     def _refresh(self) -> None:
         """What follows from the state: the next learning rate and the working copy."""
         self.rates.follow(self.progress.made)
+        for scale, rate in self._scaled.items():
+            torch.mul(self.rates.rate, scale, out=rate)
         if self.working is not self.model:
             torch._foreach_copy_(list(self.working.parameters()), list(self.model.parameters()))
 
@@ -329,7 +332,8 @@ class TrainStep:
 
     def _place_rate(self) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rates.rate
+            scale = group.get("lr_scale", 1.0)
+            group["lr"] = self.rates.rate if scale == 1.0 else self._scaled.setdefault(scale, self.rates.rate * scale)
 
     def _share(self, batch: MicroBatch, whole: Mapping[str, float]) -> Tensor:
         """For each term, its weight in the update's loss and what it is per, `[2, k]`."""
