@@ -17,8 +17,10 @@ SOURCES = pyproject.toml setup.py fastbert/extension.py constraints.txt $(wildca
 demo: $(VENV)/.extra-demo
 	GOMP_SPINCOUNT=1000 $(VENV)/bin/fastbert pretrain $(ARGS)
 
+# A process for each core, eight at most. A file stays in one process, which makes its fixtures once; ARGS="-n0", or plain
+# pytest, is one process for all, as a debugger needs it.
 test: $(VENV)/.extra-test
-	$(VENV)/bin/python -m pytest -q --durations=15 $(ARGS)
+	$(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
 
 bench: $(VENV)/.extra-bench
 	$(VENV)/bin/fastbert bench $(ARGS)

@@ -11,12 +11,17 @@ Where a rate is not published (tcgen05 and TMA name no shape in the mnemonic) th
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
+import struct
 import subprocess
+import tempfile
+from collections.abc import Sequence
 
 WARP = 32
 ISSUE = 4  # warp instructions per clock and SM: one for each of its four schedulers
+BYTES_PER_INSTRUCTION = 16  # of machine code, on every target
 BYTES = 128  # bytes per clock and SM, of L1 and of shared memory
 TARGETS = (80, 89, 90, 100, 120)
 PIPES = ("issue", "fma", "alu", "fp64", "mufu", "cvt", "shfl", "smem", "gmem", "local", "mma", "sync", "other")
@@ -116,12 +121,35 @@ class Instruction:
         return _classify(self)[0]
 
 
-def disassemble(nvdisasm: str, cubin: str) -> dict[str, list[Instruction]]:
-    """{kernel: its instructions} of a cubin, with the names the linker sees."""
-    done = subprocess.run([nvdisasm, "-c", "-ndf", cubin], capture_output=True, text=True)
+def disassemble(nvdisasm: str, cubins: Sequence[bytes], target: int) -> list[dict[str, list[Instruction]]]:
+    """{kernel: its instructions} of each cubin, with the names the linker sees. All in one run, one kernel behind the
+    other, and so are their addresses: nvdisasm takes a quarter of a second to start."""
+    kernels = [_machine_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile() as file:
+        file.writelines(itertools.chain.from_iterable(each.values() for each in kernels))
+        file.flush()
+        architecture = f"SM{target}a" if target >= 90 else f"SM{target}"
+        done = subprocess.run([nvdisasm, "-c", "-ndf", "-b", architecture, file.name], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"nvdisasm: {cubin}: {done.stderr.strip()}")
-    return parse(done.stdout)
+        raise RuntimeError(f"nvdisasm: {done.stderr.strip()}")
+    rest = iter(parse(done.stdout))
+    return [
+        {name: list(itertools.islice(rest, len(code) // BYTES_PER_INSTRUCTION)) for name, code in each.items()}
+        for each in kernels
+    ]
+
+
+def _machine_code(cubin: bytes) -> dict[str, bytes]:
+    """{kernel: its machine code} of a cubin: the sections .text.<kernel> of the ELF file, as elf.h lays it out."""
+    (headers,), (size, count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<I20xQQ", cubin, headers + i * size) for i in range(count)]
+    found = {}
+    for name, offset, length in sections:
+        start = sections[names][1] + name
+        title = cubin[start : cubin.index(b"\0", start)].decode()
+        if title.startswith(".text."):
+            found[title.removeprefix(".text.")] = cubin[offset : offset + length]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,25 +178,16 @@ def resources(cuobjdump: str, cubin: str) -> dict[str, Resources]:
     return found
 
 
-def parse(text: str) -> dict[str, list[Instruction]]:
-    """The kernels in the text that `nvdisasm -c` prints."""
-    kernels = {}
-    for section in re.split(r"^\s*\.section\s+\.text\.", text, flags=re.MULTILINE)[1:]:
-        name, labels, found, address = section.split(",", 1)[0], {}, [], 0
-        for line in section.splitlines():
-            if label := re.match(r"(\S+):$", line):
-                labels[label[1]] = address
-            elif code := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+\{?\s*(@!?\w+\s+)?(.+?)\s*;", line):
-                address = int(code[1], 16) + 16
-                found.append((address - 16, (code[2] or "").strip(), code[3]))
-        kernels[name] = [Instruction(*each, _branch_target(each[2], labels)) for each in found]
-    return kernels
+def parse(text: str) -> list[Instruction]:
+    """The instructions that `nvdisasm -b` prints."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+\{?\s*(@!?\w+\s+)?(.+?)\s*;", text, flags=re.MULTILINE)
+    return [Instruction(int(at, 16), predicate.strip(), code, _branch_target(code)) for at, predicate, code in lines]
 
 
-def _branch_target(text: str, labels: dict[str, int]) -> int | None:
+def _branch_target(text: str) -> int | None:
     # ptxas leaves some loops through CALL.REL.NOINC: a call may be a branch
-    branch = re.match(r"(?:BRA|JMP|CALL)\b.*`\((\S+)\)", text)
-    return labels.get(branch[1]) if branch else None
+    branch = re.match(r"(?:BRA|JMP|CALL)\b.*\b0x([0-9a-f]+)$", text)
+    return int(branch[1], 16) if branch else None
 
 
 def _successors(code: list[Instruction]) -> list[list[int]]:

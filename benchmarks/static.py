@@ -145,8 +145,9 @@ def _compile_triton(source: str, launches: Callable[[], Launches], name: str, ta
             if each == name:
                 launch()
     found = []
-    for function, compiled, settings in seen:
-        ((used, code),) = _read(compiled.asm["cubin"]).values()
+    kernels = _read([compiled.asm["cubin"] for _, compiled, _ in seen], target)
+    for (function, compiled, settings), read in zip(seen, kernels, strict=True):
+        ((used, code),) = read.values()
         shared, columns = used.shared + compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
         kernel, dot = function.__name__, "tt.dot" in compiled.asm["ttir"]
         found.append(
@@ -163,7 +164,7 @@ def _compile_cuda(source: Path, nvcc: str, flags: list[str], target: int) -> lis
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise BackendError(f"{source.name}: nvcc cannot compile it for sm_{target}:\n{done.stderr}")
-        kernels = _read(cubin.read_bytes())
+        [kernels] = _read([cubin.read_bytes()], target)
     settings = f"at most {{}} threads, {' '.join(flags)}"
     return [
         Compiled(
@@ -174,15 +175,18 @@ def _compile_cuda(source: Path, nvcc: str, flags: list[str], target: int) -> lis
     ]  # fmt: skip
 
 
-def _read(cubin: bytes) -> dict[str, tuple[sass.Resources, list[sass.Instruction]]]:
+def _read(cubins: Sequence[bytes], target: int) -> list[dict[str, tuple[sass.Resources, list[sass.Instruction]]]]:
+    """{kernel: what a CTA of it takes, its instructions} of each cubin."""
     from triton import knobs
 
+    taken = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        used = sass.resources(knobs.nvidia.cuobjdump.path, str(path))
-        code = sass.disassemble(knobs.nvidia.nvdisasm.path, str(path))
-    return {name: (used[name], code[name]) for name in used}
+        for cubin in cubins:
+            path.write_bytes(cubin)
+            taken.append(sass.resources(knobs.nvidia.cuobjdump.path, str(path)))
+    code = sass.disassemble(knobs.nvidia.nvdisasm.path, cubins, target)
+    return [{name: (used[name], found[name]) for name in used} for used, found in zip(taken, code, strict=True)]
 
 
 def _demangle(name: str) -> str:

@@ -1,9 +1,16 @@
 """What must hold before any test is imported: where Triton runs, how hard hypothesis looks, how many threads run."""
 
+import gc
 import os
 import sys
 
 import pytest
+
+# Workers of pytest-xdist have a core each, and so have the processes that their tests start: threads beyond would wait
+# for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 from hypothesis import settings
 from processes import Processes
@@ -24,6 +31,20 @@ settings.register_profile("sanitize", max_examples=2, deadline=None, print_blob=
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# The files that take longest begin first, so that no worker of pytest-xdist is left alone with one at the end.
+LONGEST = ("test_finetune_demo.py", "test_static.py", "test_slices.py", "test_bench.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_modules_are_no_garbage():
+    """A full collection looks at all that torch and transformers have made, a fifth of a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ EVERYTHING = [*LAYERED, ROOT / "setup.py"]
 
 # Layer -> the layers it may import, besides itself and errors. Nothing below imports train, cli, hf or testing; what is
 # measured of train is its step and its feed.
-BELOW_TRAIN = "ops nn config packing models checkpoint optim data backend"
+BELOW_TRAIN = "ops nn config packing models checkpoint weights ports hub tensorflow_checkpoint optim data backend"
 LAYERS = {
     "errors": "",
     "philox": "",
@@ -35,17 +35,24 @@ LAYERS = {
     "ops": "backend extension reference portable portable_lamb kernels philox",
     "config": "",
     "packing": "",
-    "checkpoint": "config",
+    "wire": "",
+    "crc32c": "",
+    "tensorflow_checkpoint": "crc32c wire",
+    "weights": "",
+    "ports": "",
+    "hub": "",
+    "checkpoint": "config weights ports",
     "nn": "ops config packing",
-    "models": "nn ops config packing checkpoint",
+    "models": "nn ops config packing checkpoint hub",
     "inference": "nn ops",
     "latency": "inference models nn ops packing",
     "optim": "ops",
-    "data": "",
+    "data": "hub wire",
     "train": f"{BELOW_TRAIN} __init__",
+    "finetune": f"{BELOW_TRAIN} __init__ train",
     "hf": f"{BELOW_TRAIN} __init__",
-    "benchmarks": f"{BELOW_TRAIN} __init__ train reference kernels _C testing",
-    "cli": f"{BELOW_TRAIN} __init__ train hf benchmarks extension",
+    "benchmarks": f"{BELOW_TRAIN} __init__ train hf reference kernels _C testing",
+    "cli": f"{BELOW_TRAIN} __init__ train finetune hf benchmarks extension",
     "__main__": "cli",
     "testing": "",
     "__init__": f"{BELOW_TRAIN} latency reference portable",
@@ -53,10 +60,15 @@ LAYERS = {
 # Layer -> the packages outside the standard library that it may import.
 OUTSIDE = {
     "kernels": "torch triton",
+    "crc32c": "numpy",
+    "tensorflow_checkpoint": "torch numpy",
+    "weights": "torch safetensors",
     "checkpoint": "torch safetensors",
+    "hub": "huggingface_hub",
     "latency": "torch tqdm",
     "data": "torch numpy tokenizers pyarrow tqdm matplotlib rjieba jieba ltp snownlp gensim",
     "train": "torch numpy safetensors tqdm yaml tensorboard matplotlib",
+    "finetune": "torch numpy tqdm matplotlib",
     "hf": "torch transformers",
     "benchmarks": "torch numpy triton tqdm transformers matplotlib",
     "cli": "torch numpy tqdm yaml",

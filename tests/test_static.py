@@ -348,43 +348,33 @@ def test_says_what_it_cannot_do(arguments, capsys):
 
 # An outer loop around two inner ones; the second waits on a barrier out of line. Behind the last EXIT, ptxas's padding.
 SASS = """
-	.section	.text.k,"ax",@progbits
-k:
-.text.k:
+	.headerflags	@"EF_CUDA_64BIT_ADDRESS EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
         /*0000*/                   S2R R0, SR_TID.X ;
-.L_x_0:
         /*0010*/                   IADD3 R1, R1, 0x1, RZ ;
-.L_x_1:
         /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
         /*0030*/              @!P1 FFMA R4, R4, R5, R6 ;
-        /*0040*/               @P0 BRA `(.L_x_1) ;
-.L_x_2:
+        /*0040*/               @P0 BRA 0x20 ;
         /*0050*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P2, [UR4], R2 ;
-        /*0060*/              @!P2 BRA `(.L_x_4) ;
-.L_x_3:
+        /*0060*/              @!P2 BRA 0xe0 ;
         /*0070*/                   LDS.64 R8, [R3] ;
-        /*0080*/                   CALL.REL.NOINC `(helper) ;
-        /*0090*/                   BRA.U UP0, `(.L_x_2) ;
-        /*00a0*/               @P3 CALL.REL.NOINC `(.L_x_5) ;
-        /*00b0*/                   BRA `(.L_x_0) ;
-.L_x_5:
+        /*0080*/                   CALL.REL.NOINC 0x110 ;
+        /*0090*/                   BRA.U UP0, 0x50 ;
+        /*00a0*/               @P3 CALL.REL.NOINC 0xc0 ;
+        /*00b0*/                   BRA 0x10 ;
         /*00c0*/                   STG.E [R2.64], R8 ;
         /*00d0*/                   EXIT ;
-.L_x_4:
         /*00e0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P2, [UR4], R2 ;
-        /*00f0*/              @!P2 BRA `(.L_x_4) ;
-        /*0100*/                   BRA `(.L_x_3) ;
-helper:
+        /*00f0*/              @!P2 BRA 0xe0 ;
+        /*0100*/                   BRA 0x70 ;
         /*0110*/                   MUFU.RCP R8, R8 ;
-        /*0120*/                   RET.REL.NODEC R20 `(k) ;
-.L_x_6:
-        /*0130*/                   BRA `(.L_x_6);
+        /*0120*/                   RET.REL.NODEC R20 0x0 ;
+        /*0130*/                   BRA 0x130;
         /*0140*/                   NOP;
 """
 
 
 def test_loops_are_the_innermost_that_work():
-    code = sass.parse(SASS)["k"]
+    code = sass.parse(SASS)
     assert [[i.address for i in loop] for loop in sass.loops(code)] == [
         [0x50, 0x60, 0x70, 0x80, 0x90, 0xE0, 0xF0, 0x100],
         [0x20, 0x30, 0x40],
@@ -392,18 +382,18 @@ def test_loops_are_the_innermost_that_work():
 
 
 def test_a_body_ends_before_the_padding():
-    body = sass.body(sass.parse(SASS)["k"])
+    body = sass.body(sass.parse(SASS))
     assert [i.address for i in body] == list(range(0, 0x130, 16))
     assert sass.loops(body[:1]) == []
 
 
 def instructions(*texts):
     lines = (f"        /*{16 * i:04x}*/                   {text} ;" for i, text in enumerate(texts))
-    return sass.parse('	.section	.text.k,"ax",@progbits\n' + "\n".join(lines))["k"]
+    return sass.parse("\n".join(lines))
 
 
 def test_instructions_are_counted_by_pipe_whatever_their_predicate():
-    code = sass.parse(SASS)["k"]
+    code = sass.parse(SASS)
     loop = sass.loops(code)[1]
     assert {pipe: n for pipe, n in sass.count(loop).items() if n} == {"issue": 3, "gmem": 1, "fma": 1, "other": 1}
     assert loop[1].predicate == "@!P1" and loop[1].mnemonic == "FFMA"
