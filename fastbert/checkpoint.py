@@ -55,7 +55,7 @@ def read_config(path: Path) -> dict:
     """The keys and values of a config file; `CheckpointError` if it is damaged."""
     try:
         config = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"config file {path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"config file {path} holds a JSON {type(config).__name__}, expected an object")
@@ -135,12 +135,15 @@ def fill(
 def _target(dtype, device) -> tuple[torch.dtype | None, torch.device]:
     """`DtypeError` for what is no floating dtype, `ConfigError` for a device that is unknown or absent."""
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
-        raise DtypeError(f"dtype is {dtype!r}; expected a floating torch.dtype, its name, or None")
+    if dtype is not None and wanted not in _FLOATS:
+        raise DtypeError(f"dtype is {dtype!r}; expected a floating torch.dtype, its name, or None: {_listed_floats()}")
     try:
-        device = torch.device("cpu" if device is None else device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"device is {device!r}: {error}") from None
+        found = torch.device("cpu" if device is None else device)
+        if found.type not in ("cpu", "cuda", "meta"):
+            torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError, ImportError) as error:
+        raise ConfigError(f"device is {device!r}: {str(error).splitlines()[0]}") from None
+    device = found
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device is {str(device)!r}, but there is no CUDA device here")
     return wanted, device
@@ -198,15 +201,21 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor], source: str, new_he
 
 def _unfit(tensor: Tensor, parameter: Tensor) -> str | None:
     """Why a tensor cannot be that parameter. The extremes of a tensor tell infinities and NaN in one pass over it."""
+    if tensor.is_nested:
+        return "is nested, expected a dense tensor"
     if tensor.shape != parameter.shape:
         return f"has shape {list(tensor.shape)}, expected {list(parameter.shape)}"
     if tensor.dtype not in _FLOATS or tensor.layout != torch.strided or tensor.is_meta:
         kind = "without data" if tensor.is_meta else f"{tensor.layout} of {tensor.dtype}"
-        return f"is {kind}, expected a dense tensor of {', '.join(map(str, _FLOATS))}"
+        return f"is {kind}, expected a dense tensor of {_listed_floats()}"
     if not all(extreme.isfinite() for extreme in torch.aminmax(tensor)):
         broken = (~torch.isfinite(tensor)).sum()
         return f"holds {broken} values that are NaN or infinite, of {tensor.numel()}; expected finite numbers"
     return None
+
+
+def _listed_floats() -> str:
+    return ", ".join(map(str, _FLOATS))
 
 
 def _is_copy(name: str) -> bool:
@@ -222,12 +231,14 @@ def _untied(model: nn.Module, tensors: dict[str, Tensor], state: dict[str, Tenso
     word, bias = state.get("model.embeddings.word.weight"), state.get("head.bias")
     if word is None or not hasattr(model, "head"):
         return []
-    return [
-        f"{name} differs from {what}, expected the same"
-        for pattern, ours, what in ((_DECODER, word, "the word embeddings"), (_BIAS_ALIAS, bias, "the head's own bias"))
-        for name in tensors
-        if ours is not None and pattern.search(name) and not torch.equal(tensors[name], ours)
-    ]
+    wrong = []
+    for pattern, ours, what in ((_DECODER, word, "the word embeddings"), (_BIAS_ALIAS, bias, "the head's own bias")):
+        for name in filter(pattern.search, tensors if ours is not None else ()):
+            if reason := _unfit(tensors[name], ours):
+                wrong.append(f"{name} {reason}")
+            elif not torch.equal(tensors[name], ours):
+                wrong.append(f"{name} differs from {what}, expected the same")
+    return wrong
 
 
 def _find(published: str, tensors: dict, own: str, prefixes: tuple[str, ...]) -> str | None:

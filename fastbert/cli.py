@@ -284,7 +284,8 @@ def _convert(options: argparse.Namespace, _argv: list[str]) -> int:
     config = ConvertConfig(**given)
     chosen = [kind for kind in _CONVERSIONS if getattr(config, kind)]
     if len(chosen) != 1:
-        raise ConfigError(f"set are {chosen}, expected one of {', '.join(_CONVERSIONS)}")
+        known = ", ".join(f"--{kind.replace('_', '-')}" for kind in _CONVERSIONS)
+        raise ConfigError(f"got {len(chosen)} conversions to do, expected one of {known}")
     for name in ("model", "out"):
         if getattr(config, name) is None:
             raise ConfigError(f"{name} is not set, expected a model folder")
@@ -293,6 +294,8 @@ def _convert(options: argparse.Namespace, _argv: list[str]) -> int:
         if name not in (*_CONVERSIONS, "model", "out", *own):
             raise ConfigError(f"{name} is {given[name]!r}, expected it not to be set with {chosen[0]}")
     convert(config)
+    if not (Path(config.out) / "tokenizer_config.json").is_file():
+        print(f"no tokenizer was written: none of the vocabularies that are known is beside {config.model}")
     return 0
 
 

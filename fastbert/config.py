@@ -8,6 +8,7 @@ here; what a field means to the computation stands where it is used.
 import dataclasses
 import difflib
 import json
+import math
 import typing
 import warnings
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ _LEFTOVERS = {"nezha": frozenset({"embedding_size", "num_hidden_groups", "inner_
 
 
 _OPTIONAL = ("id2label", "problem_type", "classifier_dropout", "classifier_dropout_prob")
+_MOST = {"num_hidden_layers": 1024, "num_hidden_groups": 1024, "inner_group_num": 1024, "num_labels": 1 << 20}
 _PROBABILITIES = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
@@ -201,11 +203,18 @@ class EncoderConfig:
             smallest = 0 if field.name == "pad_token_id" else 1
             if expected is int and value < smallest:
                 raise ConfigError(f"config key {field.name!r} = {value} is too small; expected at least {smallest}")
+            most = _MOST.get(field.name, 1 << 24)
+            if expected is int and value > most:
+                raise ConfigError(f"config key {field.name!r} = {value} is too large; expected at most {most}")
+        self._validate_numbers()
+        self._validate_together()
+
+    def _validate_numbers(self):
         for name in _PROBABILITIES:
             if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
                 raise ConfigError(f"config key {name!r} = {getattr(self, name)} is out of range; expected 0 <= p < 1")
         for name in ("initializer_range", "layer_norm_eps"):
-            if not getattr(self, name) > 0.0:
+            if not 0.0 < getattr(self, name) < math.inf:
                 raise ConfigError(
                     f"config key {name!r} = {getattr(self, name)} is out of range; expected a positive number"
                 )
@@ -213,6 +222,8 @@ class EncoderConfig:
             raise ConfigError(
                 f"config key 'hidden_act' = {self.hidden_act!r} is unknown; expected one of {', '.join(ACTIVATIONS)}"
             )
+
+    def _validate_together(self):
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise ConfigError(
                 f"config key 'problem_type' = {self.problem_type!r} is unknown; expected one of "
@@ -340,7 +351,7 @@ class EncoderConfig:
                 values = json.load(file)
         except FileNotFoundError:
             raise MissingFileError(f"config file {path} does not exist") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"config file {path} is not valid JSON: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(

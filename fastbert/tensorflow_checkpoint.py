@@ -73,6 +73,8 @@ class TensorflowCheckpoint:
             raise CheckpointError(f"{where} is cut in slices, as partitioned variables are; expected a whole one")
         if entry.dtype not in _DTYPES:
             raise CheckpointError(f"{where} has dtype number {entry.dtype}; expected one of {list(_DTYPES)}")
+        if len(entry.shape) > 32 or any(size >= 1 << 40 for size in entry.shape):
+            raise CheckpointError(f"{where} has shape {list(entry.shape)[:40]}; expected at most 32 sizes below 2^40")
         stored, dtype = _DTYPES[entry.dtype]
         size = int(np.prod(entry.shape, dtype=object)) * np.dtype(stored).itemsize
         if entry.size != size:

@@ -106,7 +106,7 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
 def _files(index: Path) -> dict[str, str]:
     try:
         files = json.loads(index.read_bytes())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"index file {index} is not a JSON object with a weight_map: {error}") from None
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise CheckpointError(f"index file {index} has the weight_map {str(files)[:80]}; expected files by tensor")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_models import small_config
 
 import fastbert
-from fastbert.errors import CheckpointError, MissingFileError
+from fastbert.errors import CheckpointError, ConfigError, DtypeError, FastBertError, MissingFileError
 from fastbert.models import CLASSES
 
 KINDS = [kind for kinds in CLASSES.values() for kind in kinds]
@@ -283,3 +283,29 @@ def test_an_index_that_leads_elsewhere_or_nowhere(folder, suffix, save):
         (folder / f"{suffix}.index.json").write_bytes(text.encode("latin-1"))
         with pytest.raises(CheckpointError, match="index.json"):
             fastbert.from_pretrained(folder)
+
+
+def test_what_is_too_deep_or_too_large_is_an_error(tmp_path):
+    """Nesting beyond the parser, and sizes that nothing can hold, before anything is built."""
+    deep = tmp_path / "config.json"
+    deep.write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="config.json is not valid JSON"):
+        fastbert.EncoderConfig.from_json_file(deep)
+    with pytest.raises(FastBertError, match="config.json"):
+        fastbert.from_pretrained(tmp_path)
+    for name, value in (("num_hidden_layers", 10**9), ("vocab_size", 10**21), ("num_labels", 2**40)):
+        with pytest.raises(ConfigError, match=f"{name}' = {value} is too large; expected at most"):
+            fastbert.EncoderConfig("bert", **{name: value})
+    for name in ("layer_norm_eps", "initializer_range"):
+        with pytest.raises(ConfigError, match=f"{name}' = inf"):
+            fastbert.EncoderConfig("bert", **{name: float("inf")})
+
+
+def test_dtypes_and_devices_that_nothing_runs_on(tmp_path):
+    config = fastbert.EncoderConfig("bert", hidden_size=8, num_attention_heads=1, num_hidden_layers=1, vocab_size=9)
+    fastbert.BertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(DtypeError, match="float8_e4m3fn"):
+        fastbert.from_pretrained(tmp_path, dtype="float8_e4m3fn")
+    for device in ("xpu", "vulkan"):
+        with pytest.raises(ConfigError, match=f"device is '{device}'"):
+            fastbert.from_pretrained(tmp_path, device=device)

@@ -429,7 +429,9 @@ def test_a_model_of_characters_becomes_one_of_words(tmp_path, capsys, corpus):
     assert tokenizer.level == "word" and tokenizer.token_to_id("山川") is not None
     assert "w exists already" in fails(capsys, *argv)
     assert "word_list is None and files is []" in fails(capsys, *argv[:4], "--out", "v")
-    assert "set are [], expected one of" in fails(capsys, "convert", "--model", "r/model", "--out", "v")
+    assert "got 0 conversions to do, expected one of --from-tensorflow" in fails(
+        capsys, "convert", "--model", "r/model", "--out", "v"
+    )
     assert "model is not set" in fails(capsys, "convert", "--to-words", "--out", "v", "--word-list", "words.txt")
 
 

@@ -370,6 +370,18 @@ def test_the_vocabulary_goes_along(tmp_path, more, lower):
         from_tensorflow(folder, tmp_path / "large")
 
 
+def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path):
+    """So that it can be repeated; and the error names the file that is wrong, not its copy."""
+    folder = copy("bert", tmp_path)
+    (folder / "vocab.txt").write_bytes("[PAD]\n中国\n".encode("gb18030"))
+    with pytest.raises(DataError, match="bert/vocab.txt is not UTF-8"):
+        from_tensorflow(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in VOCAB), encoding="utf-8")
+    from_tensorflow(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer_config.json").is_file()
+
+
 def test_command(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["convert", "--from-tensorflow", "--model", str(GOLDENS / "tf_nezha"), "--out", str(out)]
@@ -378,7 +390,7 @@ def test_command(tmp_path, capsys):
     assert "hidden_act gelu_new (as-trained; the config beside it says gelu)" in shown
     for wrong, words in (
         ([], "exists already"),
-        (["--to-words"], "set are ['from_tensorflow', 'to_words']"),
+        (["--to-words"], "got 2 conversions to do, expected one of --from-tensorflow"),
         (["--count", "3"], "count is 3"),
         (["--variant", "nezah"], "did you mean 'nezha'"),
     ):

@@ -14,6 +14,7 @@ from fastbert.config import EncoderConfig
 from fastbert.data import Tokenizer
 from fastbert.errors import CheckpointError, DataError, MissingFileError
 from fastbert.models import RobertaForMaskedLM
+from fastbert.train import state
 from fastbert.weights import plain_tensors, read_pickle
 
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # fairseq puts them in front of what its dictionary file has
@@ -56,12 +57,13 @@ def from_fairseq(path: str | PathLike, out: str | PathLike) -> RobertaForMaskedL
         model = RobertaForMaskedLM(_config(path, vars(content["args"]), tensors))
     checkpoint.fill(model, tensors, f"fairseq checkpoint {path}")
     tokenizer = _tokenizer(path.parent, model.config.vocab_size)
-    model.save_pretrained(out)
-    for name, text in tokenizer.items():
-        (out / name).write_text(text, encoding="utf-8")
-    if tokenizer:
-        shutil.copyfile(path.parent / "vocab.bpe", out / "merges.txt")
-        Tokenizer.from_pretrained(out)
+    with state.new_folder(out) as temporary:
+        model.save_pretrained(temporary)
+        for name, text in tokenizer.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        if tokenizer:
+            shutil.copyfile(path.parent / "vocab.bpe", temporary / "merges.txt")
+            Tokenizer.from_pretrained(temporary)
     return model
 
 
@@ -74,6 +76,8 @@ def _config(path: Path, arguments: dict, tensors: dict[str, Tensor]) -> EncoderC
         name = next((name for name in tensors if name.endswith(f"sentence_encoder.{part}.weight")), None)
         if name is None:
             raise CheckpointError(f"{path} has no sentence_encoder.{part}.weight; expected a RoBERTa")
+        if tensors[name].dim() != 2:
+            raise CheckpointError(f"{path}: {name} has shape {list(tensors[name].shape)}; expected two sizes")
         tables[field] = len(tensors[name])
     values = {field: arguments[name] for field, name in _ARGUMENTS.items()}
     return EncoderConfig("roberta", **values, **tables)
@@ -85,7 +89,10 @@ def _tokenizer(folder: Path, vocab_size: int) -> dict[str, str]:
     if not all((folder / name).is_file() for name in _VOCABULARY):
         return {}
     pairs = {str(index): token for token, index in checkpoint.read_config(folder / "encoder.json").items()}
-    lines = (folder / "dict.txt").read_text(encoding="utf-8").splitlines()
+    try:
+        lines = (folder / "dict.txt").read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{folder / 'dict.txt'} is not UTF-8: {error}") from None
     tokens = [*_SPECIAL, *(pairs.get(line.split(" ")[0], line.split(" ")[0]) for line in lines), _MASK]
     if len(tokens) != vocab_size or len(set(tokens)) != vocab_size:
         raise DataError(f"{folder / 'dict.txt'} makes {len(set(tokens))} tokens, expected {vocab_size} as in the model")

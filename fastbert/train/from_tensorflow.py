@@ -5,6 +5,7 @@ and of bert4keras (WoBERT, WoNEZHA, RoFormer).
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +17,11 @@ from fastbert import checkpoint
 from fastbert.config import EncoderConfig, nearest
 from fastbert.data import Tokenizer
 from fastbert.data.spiece import read_spiece
-from fastbert.errors import CheckpointError, ConfigError, MissingFileError
+from fastbert.errors import CheckpointError, ConfigError, DataError, MissingFileError
 from fastbert.models import model_class
 from fastbert.models.electra import GENERATOR
 from fastbert.tensorflow_checkpoint import Entry, TensorflowCheckpoint
+from fastbert.train import state
 
 # Variant -> its family, and what its training code computed where the config says "gelu": the code of BERT, ALBERT and
 # NEZHA has the tanh form, that of ELECTRA and bert4keras the exact one.
@@ -96,10 +98,25 @@ def from_tensorflow(
     entries = _weights(source.entries)
     written = _read_config(source.prefix.parent, "discriminator")
     variant = _variant(source, entries, written or {}, variant)
-    family, trained_act = _VARIANTS[variant]
+    family, _ = _VARIANTS[variant]
     tensors = {name: source.read(name) for name in entries}
     parts = _parts(tensors) if family == "electra" else [(out.name, tensors)]
-    done = []
+    with state.new_folder(out) as temporary:
+        done = list(_written(temporary, source, variant, activation, written, parts))
+        _copy_tokenizer(source.prefix.parent, temporary, variant, done[0].config)
+    return [one._replace(folder=out / one.folder.relative_to(temporary)) for one in done]
+
+
+def _written(
+    out: Path,
+    source: TensorflowCheckpoint,
+    variant: str,
+    activation: str,
+    written: dict | None,
+    parts: list[tuple[str, dict[str, Tensor]]],
+) -> Iterator["Converted"]:
+    """Writes the models of a checkpoint into a folder."""
+    family, trained_act = _VARIANTS[variant]
     for part, own in parts:
         folder = out / GENERATOR if part == GENERATOR else out
         values = _read_config(source.prefix.parent, GENERATOR) if part == GENERATOR else written
@@ -115,9 +132,7 @@ def from_tensorflow(
         config = EncoderConfig.from_dict(values)
         model = _model(config, {_renamed(name, family): _turned(name, own[name]) for name in own}, source)
         model.save_pretrained(folder)
-        done.append(Converted(folder, type(model), config, act))
-    _copy_tokenizer(source.prefix.parent, out, variant, done[0].config)
-    return done
+        yield Converted(folder, type(model), config, act)
 
 
 def _weights(entries: dict[str, Entry]) -> dict[str, Entry]:
@@ -228,7 +243,10 @@ def _copy_tokenizer(folder: Path, out: Path, variant: str, config: EncoderConfig
     if copied.suffix == ".model":
         tokens, kind = [piece for piece, _ in read_spiece(copied).pieces], "AlbertTokenizer"
     else:
-        tokens = copied.read_text(encoding="utf-8").splitlines()
+        try:
+            tokens = copied.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{folder / name} is not UTF-8, as BERT's vocabularies are: {error}") from None
         kind = "RoFormerTokenizer" if variant in _WORD_LEVEL else "BertTokenizer"
     capitals = any(re.search(r"[A-Z]", token) for token in tokens if not re.fullmatch(r"[\[<].*[\]>]", token))
     values = {"tokenizer_class": kind, "do_lower_case": not capitals}
