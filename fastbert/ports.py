@@ -99,7 +99,10 @@ def translated(tensors: dict[str, Tensor], model_type: str) -> dict[str, Tensor]
     for name, tensor in tensors.items():
         if (match := _IN_PROJ.fullmatch(name)) and tensor.dim() and len(tensor) % 3 == 0:
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                apart[f"{match[1]}{letter}_proj.{match[2]}"] = part
+                part_name = f"{match[1]}{letter}_proj.{match[2]}"
+                if part_name in tensors:
+                    raise CheckpointError(f"{name} and {part_name} are both there, expected one of them")
+                apart[part_name] = part
         else:
             apart[name] = tensor
     names, result, source = published(apart, model_type), {}, {}

@@ -117,9 +117,14 @@ def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     for _ in range(4):
         number, position = varint(footer, position)
         numbers.append(number)
+    end = 0
     for _, handle in _block(data, *numbers[2:]):
         offset, position = varint(handle, 0)
-        yield from _block(data, offset, varint(handle, position)[0])
+        if offset < end:
+            raise ValueError(f"a block begins at {offset}, expected it behind the one before, which ends at {end}")
+        size, _ = varint(handle, position)
+        end = offset + size
+        yield from _block(data, offset, size)
 
 
 def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
