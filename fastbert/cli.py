@@ -205,7 +205,7 @@ def _names(kind: type) -> set[str]:
 
 def _pretrain(options: argparse.Namespace, argv: list[str]) -> int:
     from fastbert.train import demo, pretrain, recipe_demo, run_recipe
-    from fastbert.train.setup import begun_config
+    from fastbert.train.resume import begun_config
 
     recipe, settings = _settings(options, RecipeOptions, PretrainConfig)
     recipe = RecipeOptions(**recipe)

@@ -37,3 +37,11 @@ class MissingFileError(FastBertError, FileNotFoundError):
 
 class MissingDependencyError(FastBertError, ImportError):
     """An optional package is needed for what was asked; the message names the extra that installs it."""
+
+
+class StorageError(FastBertError, OSError):
+    """A file cannot be written: a full disk, a read-only target."""
+
+
+class ProcessError(FastBertError, RuntimeError):
+    """Another of the processes that train together has failed, or does not answer."""

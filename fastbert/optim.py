@@ -271,9 +271,9 @@ class FusedLAMB(Optimizer):
                     raise DtypeError(f"the gradient of {_name(group, i)} is sparse, expected a dense one")
                 state, shards = self._state_of(p), ()
                 tensors = [p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], state.get("master", p)]
-                if _is_dtensor(p):
-                    shards, tensors[1] = _shards(p), _placed(grad, p)
-                    tensors = [t.to_local() if _is_dtensor(t) else t for t in tensors]
+                if is_sharded(p):
+                    shards, tensors[1] = _shards(p), placed_as(grad, p)
+                    tensors = [t.to_local() if is_sharded(t) else t for t in tensors]
                 if tensors[1].stride() != tensors[0].stride():
                     tensors[1] = tensors[1].contiguous()
                 sharded.setdefault(shards, []).append(tensors)
@@ -306,7 +306,7 @@ class FusedLAMB(Optimizer):
         for name, t in state.items():
             if t.shape != p.shape:
                 raise CheckpointError(f"state_dict: {name} has shape {tuple(t.shape)}, expected {tuple(p.shape)}")
-            state[name] = _placed(t, p)
+            state[name] = placed_as(t, p)
         step = torch.as_tensor(saved["step"], dtype=torch.float32).detach()
         state["step"] = step.to(p.device, copy=True).reshape(())
         if not self._has_master(p) and "master" in state:
@@ -354,16 +354,17 @@ def _name(group: dict, index: int) -> str:
     return f"parameter {index} of a group, of shape {tuple(group['params'][index].shape)},"
 
 
-def _is_dtensor(t: Tensor) -> bool:
+def is_sharded(t: Tensor) -> bool:
+    """Whether it is a DTensor, of which each process has a part."""
     return hasattr(t, "to_local")  # asked so, because importing the class takes longer than importing fastbert
 
 
-def _placed(t: Tensor, p: Tensor) -> Tensor:
+def placed_as(t: Tensor, p: Tensor) -> Tensor:
     """A gradient or a saved state that lies as its parameter does: tensor parallelism leaves sums that nobody has added
     yet, and a whole tensor may be loaded for a sharded parameter."""
-    if not _is_dtensor(p):
+    if not is_sharded(p):
         return t
-    if not _is_dtensor(t):
+    if not is_sharded(t):
         from torch.distributed.tensor import distribute_tensor  # what is not sharded need not import it
 
         return distribute_tensor(t, p.device_mesh, p.placements)

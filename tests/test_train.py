@@ -465,15 +465,23 @@ def test_two_processes_equal_one_with_the_same_global_batch(config, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(config):
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_state_before_it(config):
     with pytest.raises(FastBertError, match=r"not finite in step \d+, on samples \d+, .* of epoch 0") as caught:
-        pretrain(replace(config, lr=1e30, warmup=0, clip=0, checkpoint_every=1))
+        pretrain(replace(config, lr=1e30, warmup=0, clip=0, checkpoint_every=0))
     log = [json.loads(line) for line in (Path(config.out) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert log[-1]["event"] == "error" and len(log[-1]["samples"]) == 8
-    assert f"step {log[-1]['update'] + 1}," in str(caught.value)
-    saved = sorted((Path(config.out) / "checkpoints").iterdir())
-    assert len(saved) == log[-1]["update"]
+    error = next(record for record in log if record["event"] == "error")
+    assert len(error["samples"]) == 8 and f"step {error['update'] + 1}," in str(caught.value)
+    (fault,) = error["faults"]
+    assert sorted(fault["samples"]) == sorted(error["samples"])
+    assert fault["losses"] == ["mlm_loss"] and "weights" not in fault
+    assert fault["modules"][0].startswith("model.") and fault["modules"][0] in str(caught.value)
+    assert "model.embeddings.word.weight" in fault["gradients"]
+    (saved,) = (Path(config.out) / "checkpoints").iterdir()
+    assert saved.name == f"step-{error['update']:08d}" and saved.name in str(caught.value)
+    assert all(t.isfinite().all() for t in load_file(saved / "model.safetensors").values())
     assert not (Path(config.out) / "model").exists()
+    with pytest.raises(FastBertError, match=rf"not finite in step {error['update'] + 1},"):
+        pretrain(replace(config, lr=1e30, warmup=0, clip=0, checkpoint_every=0, resume=True))
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,9 @@ def test_a_run_from_before_the_option_resumes(data, tmp_path):  # noqa: F811
     path = tmp_path / "checkpoints" / state.name_of(12)
     content = state.read_state(path)
     del content["config"]["optimizer"]
-    from fastbert.train import setup
+    from fastbert.train import resume
 
-    setup.check_resumable(config, content, content["global_batch"], content["data"])
+    resume.check_resumable(config, content, content["global_batch"], content["data"])
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_by_name(data, tmp_path, monkeypatch):  # noqa: F811

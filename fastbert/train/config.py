@@ -314,11 +314,36 @@ class RunOptions(Options):
         False,
         "replay CUDA graphs, which pays where launches take longer than the work; batches are filled up to a few sizes",
     )
+    parallel: str = option(
+        "ddp",
+        "with several processes: ddp, each has the whole model; fsdp, each has a part of weights, gradients and "
+        "moments (torch fully_shard)",
+        choices=("ddp", "fsdp"),
+    )
+    reduce_dtype: str = option(
+        "fp32", "with several processes, what gradients are summed over them in", choices=("fp32", "bf16", "fp16")
+    )
+    timeout: float = option(
+        1800.0, "with several processes, seconds after which one that does not answer ends the run", least=1.0
+    )
     log_every: int = option(50, "steps between records in the log", least=1)
     validate_every: int = option(500, "steps between validations; 0: only at the end", least=0)
     validation_samples: int = option(2048, "validate on at most this many samples; 0: no validation", least=0)
     checkpoint_every: int = option(1000, "steps between checkpoints; 0: only at the end", least=0)
     keep_last: int = option(3, "checkpoints to keep", least=1)
+    keep_best: bool = option(
+        True, "keep besides the checkpoint with the lowest validation loss, of those that are validated in their step"
+    )
+    async_checkpoints: bool = option(
+        True, "write checkpoints while training goes on, from a copy in memory: 12 bytes a parameter"
+    )
+    spikes: str = option(
+        "ignore",
+        "an update whose loss or gradient norm stands out from the 128 before: make it; skip it; stop before it, with "
+        "a checkpoint",
+        choices=("ignore", "skip", "stop"),
+    )
+    spike_sigmas: float = option(6.0, "by how many standard deviations above their mean it must stand out", least=1.0)
     tensorboard: bool = option(False, "write TensorBoard files too")
 
 
@@ -342,6 +367,9 @@ class PretrainConfig(RunOptions, OptimizerOptions, DistillationOptions, Objectiv
                 "gradient_checkpointing and cuda_graphs are both set, expected at most one of the two: to compute "
                 "activations again, the state of the generator is read, which a graph does not allow"
             )
+        for name in ("compile", "cuda_graphs"):
+            if self.parallel == "fsdp" and getattr(self, name):
+                raise ConfigError(f"{name} is set and parallel is 'fsdp', expected 'ddp': no graph holds both")
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite are both set, expected at most one of the two")
 

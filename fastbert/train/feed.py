@@ -127,12 +127,16 @@ class Feed:
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def _load(self, update: int) -> list[MicroBatch]:
-        epoch, indices = self.samples(update)
+    def own(self, update: int) -> np.ndarray:
+        """The indices of the samples of this process's micro-batches, [accumulation, batch_size]."""
+        _, indices = self.samples(update)
         samples = self._objective.samples
         hands = deal(samples.end[indices] - samples.start[indices], self._accumulation * self._world.size)
-        own = indices[hands][self._world.rank :: self._world.size]
-        return [micro_batch(self._objective, part, epoch, self._world, self._buckets) for part in own]
+        return indices[hands][self._world.rank :: self._world.size]
+
+    def _load(self, update: int) -> list[MicroBatch]:
+        epoch, _ = self.samples(update)
+        return [micro_batch(self._objective, part, epoch, self._world, self._buckets) for part in self.own(update)]
 
 
 def deal(lengths: np.ndarray, hands: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What a run tells: a JSONL log always, a progress bar or plain lines, TensorBoard on request."""
 
+import contextlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastbert.errors import MissingDependencyError
+from fastbert.errors import MissingDependencyError, StorageError
 
 LOG = "log.jsonl"
 _SECONDS_BETWEEN_LINES = 10
@@ -54,8 +55,11 @@ class Journal:
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 values[name] = None  # JSON has no infinity: the norm of the gradients of an update that overflowed
-        self._file.write(json.dumps({"event": event, **values}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"event": event, **values}, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise StorageError(f"{self._file.name} cannot be written: {error}") from error
         if self._board is not None and event in ("train", "validation"):
             for name, value in values.items():
                 if name != "step" and isinstance(value, int | float):
@@ -83,25 +87,49 @@ class Journal:
             self.say(f"step {step}/{self._steps}: {figures}, {tqdm.format_interval(left)} left")
             self._last_line = now
 
+    def sync(self) -> None:
+        """Has what was recorded written to disk, so that a checkpoint is never ahead of the log."""
+        if self._file is not None:
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise StorageError(f"{self._file.name} cannot be written: {error}") from error
+
     def close(self) -> None:
         for thing in (self._bar, self._file, self._board):
             if thing is not None:
-                thing.close()
+                with contextlib.suppress(OSError):  # of a full disk record() has told
+                    thing.close()
 
 
 def read_log(folder: str | os.PathLike, event: str) -> list[dict]:
-    """The records of one kind in the log of a run."""
-    with open(Path(folder) / LOG, encoding="utf-8") as file:
-        return [record for record in map(json.loads, file) if record["event"] == event]
+    """The records of one kind in the log of a run; none if there is no log."""
+    path = Path(folder) / LOG
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [record for record in map(_record, lines) if record is not None and record.get("event") == event]
+
+
+def _record(line: bytes) -> dict | None:
+    """What a line says; None if it was not written whole."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drops the records of steps that will be taken again, and a last line that was not written whole."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("step", 0) <= step]
+    """Drops the records of steps that will be taken again, and lines that were not written whole."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith(b"\n") and _is_before(_record(line), step)]
     temporary = path.with_suffix(".new")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_bytes(b"".join(kept))
     os.replace(temporary, path)
+
+
+def _is_before(record: dict | None, step: int) -> bool:
+    at = 0 if record is None else record.get("step", 0)
+    return record is not None and isinstance(at, int) and at <= step
 
 
 def _board(folder: Path, resume_from: int | None):

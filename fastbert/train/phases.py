@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fastbert.errors import ConfigError, MissingFileError
-from fastbert.train import setup
+from fastbert.train import resume, setup
 from fastbert.train.config import PretrainConfig, TextOptions
 from fastbert.train.plan import Plan, lacking
 from fastbert.train.pretrain import PretrainResult, pretrain
@@ -30,7 +30,8 @@ def run_recipe(recipe: Recipe | str, explain_only: bool = False, **changes) -> P
     configs = phase_configs(recipe, changes)
     if configs[0].threads is not None:
         torch.set_num_threads(configs[0].threads)
-    with World.join(configs[0].device) as world:
+    with World.join(configs[0].device, configs[0].timeout) as world:
+        configs = [resume.after_restart(config, world) for config in configs]
         for config in configs:
             setup.accumulation(config, world)
             setup.architecture(replace(configs[0], max_length=config.max_length))
@@ -44,7 +45,7 @@ def run_recipe(recipe: Recipe | str, explain_only: bool = False, **changes) -> P
                 if lack := lacking(configs[0]):
                     raise ConfigError(lack)
                 plan.check()
-        world.barrier()
+        world.wait_for_main("preparing the recipe")
         return None if explain_only else run_phases(configs, world)
 
 

@@ -1,6 +1,5 @@
 """What must hold, and what must be built, before the first step: everything that can be wrong is found here."""
 
-import dataclasses
 import hashlib
 import json
 import platform
@@ -27,20 +26,15 @@ from fastbert.train import state
 from fastbert.train.config import PretrainConfig, TextOptions
 from fastbert.train.distillation import Distillation
 from fastbert.train.feed import Buckets, Feed
-from fastbert.train.journal import LOG, read_log
+from fastbert.train.journal import LOG
+from fastbert.train.spikes import Spikes
 from fastbert.train.step import TrainStep
 from fastbert.train.world import World
 
 CHECKPOINTS, MODEL, CORPUS, BOARD = "checkpoints", "model", "corpus", "tensorboard"
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # float32 is None: nothing is rounded
 _DISTILLATION = ("distill_logits", "distill_hidden", "distill_temperature")
-
-# What a resumed run may be told anew: how it is written and watched, and where. That the data are the same is seen
-# from their checksums, that batch_size x accumulation x processes is, from the product.
-_FREE = {entry.name for entry in dataclasses.fields(TextOptions)} | set(
-    "data out resume overwrite device threads compile cuda_graphs log_every validate_every validation_samples "
-    "checkpoint_every keep_last tensorboard batch_size accumulation global_batch similar_words".split()
-)
 
 
 def has_run(folder: Path) -> bool:
@@ -102,51 +96,6 @@ def clear_folder(folder: Path) -> None:
     (folder / LOG).unlink(missing_ok=True)
 
 
-def find_checkpoint(config: PretrainConfig, world: World) -> tuple[Path | None, list[str]]:
-    """The checkpoint to resume from, the same in all processes, and what was found to be damaged; None to begin."""
-    if not config.resume:
-        return None, []
-    root, damaged = Path(config.out) / CHECKPOINTS, []
-    found = state.latest(root, damaged.append).name if world.is_main else ""
-    (number,) = world.max(float(found.rpartition("-")[2] or 0))
-    return root / state.name_of(int(number)), damaged
-
-
-def check_resumable(config: PretrainConfig, content: dict, global_batch: int, data: str) -> None:
-    """ConfigError for a setting that would make another run of it, with the old and the new value."""
-    begun, advice = content["config"], "to train on with other settings, begin a new run with init=<model folder>"
-    # A run may have been begun before an option was there: it has the option's default.
-    begun = _plain(PretrainConfig()) | begun
-    pairs = [(name, begun[name], value) for name, value in _plain(config).items() if name not in _FREE]
-    pairs.append(("batch_size x accumulation x processes", content["global_batch"], global_batch))
-    pairs.append(("data (checksum)", content["data"], data))
-    for name, old, new in pairs:
-        if old != new:
-            raise ConfigError(f"{name} is {new!r}, but the run in {config.out} was begun with {old!r}; {advice}")
-
-
-def loss_scale_of(content: dict) -> dict | None:
-    """That of a checkpoint's state, or None; before 0.1 was out it was kept as torch.amp.GradScaler keeps it."""
-    if old := content.get("scaler"):
-        return {"scale": old["scale"], "good": old["_growth_tracker"]}
-    return content.get("loss_scale")
-
-
-def window_of(content: dict) -> dict:
-    """What had happened since the last record when a checkpoint was made; once there was one loss, per label."""
-    window = content["window"]
-    if isinstance(window, dict):
-        return window
-    loss, labels, tokens = window
-    return {"losses": [loss], "counts": {"label": labels, "sample": 0, "token": tokens}}
-
-
-def begun_config(folder: Path) -> dict:
-    """The settings that the run in `folder` was begun with; empty if there is none."""
-    begun = read_log(folder, "begin") if (folder / LOG).exists() else []
-    return {name: value for name, value in begun[0]["config"].items() if name != "overwrite"} if begun else {}
-
-
 def open_data(config: PretrainConfig, world: World) -> tuple[Tokenizer, Corpus, Corpus | None]:
     """The tokenizer and the splits: from the folder `data`, or made of `files` by the first process."""
     folder = Path(config.data or Path(config.out) / CORPUS)
@@ -154,7 +103,7 @@ def open_data(config: PretrainConfig, world: World) -> tuple[Tokenizer, Corpus, 
         raise ConfigError("neither data nor files is set, expected a folder of fastbert prepare or text files")
     if config.files and world.is_main and not (config.resume and folder.exists()):
         print(prepare_text(config, folder, overwrite=True), flush=True)
-    world.barrier()
+    world.wait_for_main("making the corpus")
     corpus = Corpus.open(folder, verify=world.is_main, progress=world.is_main)
     tokenizer = corpus.load_tokenizer()
     if not config.validation_samples or "validation" not in corpus.manifest["splits"]:
@@ -337,6 +286,13 @@ def distillation(
     )
 
 
+def write_model(model: torch.nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
+    """A model folder with its tokenizer."""
+    model.save_pretrained(folder)
+    for part in {folder, word_model(folder)}:
+        tokenizer.save_pretrained(part)
+
+
 def word_model(folder: Path) -> Path:
     """Where in a model folder the model is that fills in blanks: ELECTRA's generator, or the model itself."""
     return folder / GENERATOR if (folder / GENERATOR).is_dir() else folder
@@ -363,6 +319,7 @@ def train_step(
     distillation: Distillation | None = None,
 ) -> TrainStep:
     """The updates that `config` asks for."""
+    spikes = None if config.spikes == "ignore" else Spikes(config.spikes, config.spike_sigmas, world.device)
     return TrainStep(
         model,
         optimizer(config, model),
@@ -373,6 +330,8 @@ def train_step(
         compile=config.compile,
         graphs=config.cuda_graphs,
         distillation=distillation,
+        reduce_dtype=DTYPES.get(config.reduce_dtype),
+        spikes=spikes,
     )
 
 
@@ -407,7 +366,7 @@ def working_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """What the model runs in; None: in float32, as its weights are."""
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return DTYPES.get(precision)
 
 
 def digest(corpus: Corpus, similar: SimilarPieces | None = None) -> str:
@@ -429,10 +388,6 @@ def versions() -> dict[str, str]:
 def device_name(device: torch.device) -> str:
     """The name of a GPU, or what kind of processor it is."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
-
-
-def _plain(config: PretrainConfig) -> dict:
-    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _check_same_tokenizer(option: str, folder: Path, tokenizer: Tokenizer) -> None:

@@ -2,9 +2,11 @@
 
 A checkpoint is a model folder in the transformers layout (config.json, model.safetensors, tokenizer files) with
 optimizer.safetensors, state.json and manifest.json beside it. It is written under a temporary name, synced to disk and
-then renamed; which one is the latest is found by looking, so that there is no pointer that could be wrong.
+then renamed; which one is the latest is found by looking, so that there is no pointer that could be wrong. Tensors are
+whole, whatever the number of processes that made them.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -12,51 +14,54 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastbert.errors import CheckpointError, MissingFileError
+from fastbert.errors import CheckpointError, FastBertError, MissingFileError, StorageError
+from fastbert.optim import is_sharded, placed_as
 
 STATE, OPTIMIZER, MANIFEST = "state.json", "optimizer.safetensors", "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _CHUNK = 1 << 22
+_HERE, _RENAME_EXCHANGE = -100, 2  # of renameat2: AT_FDCWD, and its flag
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place, synced to disk, if the body succeeds, and vanishes if
-    not.
+    not. StorageError if it cannot be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
-        doomed = _aside(target)
-        temporary.rename(target)
-        _sync(target.parent)
-        shutil.rmtree(doomed, ignore_errors=True)
-    finally:
+    with _storing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                _sync(path)
+            _take_place(temporary, target)
+            _sync(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file that appears whole, synced to disk, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a file that appears whole, synced to disk, or not at all. StorageError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def remove_folder(folder: Path) -> None:
@@ -82,10 +87,18 @@ def save(root: Path, step: int, write_model: Callable[[Path], None], optimizer: 
     return folder
 
 
-def prune(root: Path, keep_last: int) -> None:
-    """Removes all but the newest `keep_last` checkpoints."""
-    for folder in _newest_first(root)[keep_last:]:
-        remove_folder(folder)
+def prune(root: Path, keep_last: int, best: str | None = None) -> None:
+    """Removes all but the newest `keep_last` checkpoints and the one with the name `best`."""
+    for folder in newest_first(root)[keep_last:]:
+        if folder.name != best:
+            remove_folder(folder)
+
+
+def remove_remains(root: Path) -> None:
+    """Removes what a process that was killed has left of folders that it was writing or removing."""
+    for pattern in (".step-*.new", ".step-*.old"):
+        for folder in root.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def latest(root: Path, report: Callable[[str], None]) -> Path:
@@ -94,7 +107,7 @@ def latest(root: Path, report: Callable[[str], None]) -> Path:
     Damaged ones are named in a call of `report` and passed over. MissingFileError if there is no checkpoint,
     CheckpointError if none is undamaged.
     """
-    folders = _newest_first(root)
+    folders = newest_first(root)
     if not folders:
         raise MissingFileError(f"{root} has no complete checkpoint to resume from")
     for folder in folders:
@@ -110,39 +123,39 @@ def verify(folder: Path) -> None:
     """CheckpointError unless every file that the manifest names is there with its size and checksum."""
     path = folder / MANIFEST
     try:
-        files = dict(json.loads(path.read_bytes())["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is missing or damaged: {error}") from None
-    for name, expected in files.items():
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in _read_json(path)["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: it does not list files with bytes and sha256 ({error!r})") from None
+    for name in {OPTIMIZER, STATE, *files}:
+        if name not in files or not _is_inside(name):
+            raise CheckpointError(f"{path} is damaged: it {'names' if name in files else 'lacks'} {name!r}")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing")
-        found = {"bytes": (folder / name).stat().st_size}
-        if found["bytes"] == expected["bytes"]:
-            found = _fingerprint(folder / name)
-        if found != expected:
-            raise CheckpointError(f"{folder / name} is damaged: it has {found}, the manifest says {expected}")
+    for name, (size, checksum) in files.items():
+        found = (folder / name).stat().st_size
+        if found != size:
+            raise CheckpointError(f"{folder / name} is damaged: it has {found} bytes, the manifest says {size}")
+        if (found := _fingerprint(folder / name)["sha256"]) != checksum:
+            raise CheckpointError(f"{folder / name} is damaged: its sha256 is {found}, the manifest says {checksum}")
 
 
 def read_state(folder: Path) -> dict:
     """The contents of state.json."""
-    try:
-        return json.loads((folder / STATE).read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / STATE} is missing or damaged: {error}") from None
+    return _read_json(folder / STATE)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as tensors named `<parameter>/<quantity>`."""
+    """The optimizer's state, by `<parameter>/<quantity>`, as it is: on its device, and sharded if it is."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}/{key}": value.detach().cpu().contiguous()
+        f"{names[parameter]}/{key}": value.detach()
         for parameter, quantities in optimizer.state.items()
         for key, value in quantities.items()
     }
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Puts back what `optimizer_tensors` gave; CheckpointError if it does not fit the model."""
+    """Puts back what `optimizer_tensors` gave, as whole tensors; CheckpointError if it does not fit the model."""
     parameters, state = dict(model.named_parameters()), {}
     try:
         with safe_open(folder / OPTIMIZER, framework="pt", device="cpu") as file:
@@ -153,11 +166,48 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
         raise CheckpointError(f"{folder / OPTIMIZER} is damaged: {error}") from None
     if odd := sorted(set(state) ^ set(parameters)):
         raise CheckpointError(f"{folder / OPTIMIZER} does not fit the model: {odd[0]!r} is only in one of them")
+    for name, quantities in state.items():
+        parameter = parameters[name]
+        for key, value in quantities.items():
+            if value.shape not in ((), parameter.shape):
+                raise CheckpointError(
+                    f"{folder / OPTIMIZER} does not fit the model: {name}/{key} has shape {list(value.shape)}, "
+                    f"expected {list(parameter.shape)}"
+                )
+            if is_sharded(parameter) and value.dim():
+                quantities[key] = placed_as(value.to(parameter.device), parameter)
     names = {parameter: name for name, parameter in parameters.items()}
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     content = optimizer.state_dict()
     content["state"] = {index: state[names[parameter]] for index, parameter in enumerate(ordered)}
     optimizer.load_state_dict(content)
+
+
+@contextmanager
+def _storing(target: Path) -> Iterator[None]:
+    """StorageError for what the file system, or safetensors of it, says while `target` is written."""
+    try:
+        yield
+    except FastBertError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{target} cannot be written: {error}") from error
+
+
+def _take_place(folder: Path, target: Path) -> None:
+    """Gives a folder the name `target`; what had it, if anything, gets the folder's name in the same moment."""
+    if not target.exists():
+        folder.rename(target)
+    elif not _exchange(folder, target):  # a file system that cannot: for a moment there is neither
+        doomed = _aside(target)
+        folder.rename(target)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names at once, as Linux can."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return call is not None and call(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
 def _aside(folder: Path) -> Path:
@@ -169,7 +219,14 @@ def _aside(folder: Path) -> Path:
     return doomed
 
 
-def _newest_first(root: Path) -> list[Path]:
+def _is_inside(name: str) -> bool:
+    """Whether it is the name of a file in a folder."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def newest_first(root: Path) -> list[Path]:
+    """The checkpoints under `root`, complete or damaged."""
     found = [(int(match[1]), path) for path in root.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
 
@@ -180,6 +237,16 @@ def _fingerprint(path: Path) -> dict:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is missing or damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: it holds a JSON {type(content).__name__}, expected an object")
+    return content
 
 
 def _write_json(path: Path, content: dict) -> None:

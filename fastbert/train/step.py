@@ -2,7 +2,8 @@
 learning rate. The host hands over batches and waits for nothing; it looks at a few numbers when it wants to know.
 
 Weights and gradients. `model` holds the weights in float32. In 16 bits a working copy of it is what runs: every update
-writes it once, from the float32 weights. Gradients are summed over the micro-batches in float32 (`MainGradients`).
+writes it once, from the float32 weights. Gradients are summed over the micro-batches in float32
+(`gradients.MainGradients`). A sharded model (`sharding.shard`) gathers its copies itself.
 
 What an update costs besides the micro-batches, for n weights (BERT-base with V = 21128: 102 M), with LAMB: gradients
 read twice, weights and two moments read and written, the weights read for the copy and that written: 4 (2 + 6) n + 6 n
@@ -12,21 +13,19 @@ read twice, weights and two moments read and written, the weights read for the c
 import copy
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fastbert.errors import ConfigError, FastBertError
 from fastbert.models.outputs import ModelOutput
-from fastbert.nn import Encoder
-from fastbert.optim import FusedLAMB, main_gradients
+from fastbert.optim import FusedLAMB, is_sharded
 from fastbert.train.distillation import Distillation
 from fastbert.train.feed import MicroBatch
+from fastbert.train.gradients import MainGradients, ShardedGradients
+from fastbert.train.spikes import Spikes
 from fastbert.train.world import World
 
-_ALIGNED = 64  # elements: where a parameter's gradient may begin in the buffer
-_ROW = 4096  # elements of the buffer whose squares are summed first
 _SMALLEST_LOSS_SCALE, _LARGEST_LOSS_SCALE = 2.0**-14, 2.0**24
 _AHEAD = 1 << 12  # learning rates on the device; one wait for it in so many updates
 _SHAPES = 64  # that --compile may meet: feed.Buckets makes at most 33 of them
@@ -57,22 +56,30 @@ class LossScale:
 
 
 class Progress:
-    """What has happened, as tensors on the device. `made` counts the updates that were made, `tried` also those that
-    the loss scale skipped. losses: for each of `terms` of the loss the sum of its means x what it is per, since it was
-    last zeroed; first_bad: the first update of which the loss or the gradients were not finite; grad_norm: of the last
-    update, before clipping.
+    """What has happened, as tensors on the device, the same in all processes but for `losses` and `update_loss`.
+
+    made: how many updates were made; tried: also those that the loss scale or a spike skipped. losses: for each of
+    `terms` of the loss the sum of its means x what it is per, since it was last zeroed. update_loss: of this update,
+    this process's share until all are added up. grad_norm: of the last update, before clipping. first_bad: the first
+    update that may not be made, because its loss or gradients are not finite, or spike where that ends the run; from
+    then on none is made, so that weights and moments stay as they were before it.
     """
 
     def __init__(self, device: torch.device, terms: int):
         self.made, self.tried = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
         self.losses = torch.zeros(terms, dtype=torch.float64, device=device)
-        self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
+        self.update_loss, self.grad_norm = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
         self.first_bad = torch.full((1,), math.inf, dtype=torch.float64, device=device)
 
-    def note(self, value: Tensor) -> None:
-        """Remembers this update if the value is not finite."""
+    @property
+    def halted(self) -> Tensor:
+        """Whether some update could not be made, `[1]`."""
+        return self.first_bad.isfinite()
+
+    def note(self, good: Tensor) -> None:
+        """Remembers this update if it is not good."""
         bad = torch.minimum(self.first_bad, self.tried.double())
-        self.first_bad.copy_(torch.where(value.isfinite(), self.first_bad, bad))
+        self.first_bad.copy_(torch.where(good, self.first_bad, bad))
 
 
 class Rates:
@@ -105,62 +112,6 @@ class Rates:
         torch.index_select(self._table, 0, made - self._first, out=self.rate)
 
 
-class MainGradients:
-    """The gradients of a model's weights in one float32 buffer, of which every weight has its part as `.grad`.
-
-    Those of a working copy come in its dtype, rounded once per micro-batch as products round them (twice in the word
-    table, which two products share), and are added as they are made: 10 bytes an element, where autograd would need 18,
-    by way of a float32 copy. Of an update the first takes the place of what the update before has left, which is 6, and
-    saves zeroing. `stale`: the parts, by number, in which that is still to happen.
-    """
-
-    def __init__(self, model: nn.Module, working: nn.Module):
-        pairs = zip(model.parameters(), working.parameters(), strict=True)
-        pairs = [(parameter, copied) for parameter, copied in pairs if parameter.requires_grad]
-        if not pairs:
-            raise ConfigError("the model has no parameter that requires a gradient, expected at least one")
-        parameters = [parameter for parameter, _ in pairs]
-        sizes = [-(-parameter.numel() // _ALIGNED) * _ALIGNED for parameter in parameters]
-        end = sum(sizes)
-        self.buffer = parameters[0].new_zeros(-(-end // _ROW) * _ROW)
-        for parameter, part in zip(parameters, self.buffer[:end].split(sizes), strict=True):
-            parameter.grad = part[: parameter.numel()].view_as(parameter)
-        self.parts = [parameter.grad for parameter in parameters]
-        self.stale: set[int] = set()
-        self._taken = working is not model
-        if self._taken:
-            for encoder in (module for module in working.modules() if isinstance(module, Encoder)):
-                main_gradients(encoder.shared_parameters())
-            for number, (_, copied) in enumerate(pairs):
-                copied.register_post_accumulate_grad_hook(partial(self._take, number))
-        self.begin()
-
-    def _take(self, number: int, copied: Tensor) -> None:
-        if number in self.stale:
-            self.parts[number].copy_(copied.grad)
-            self.stale.discard(number)
-        else:
-            self.parts[number].add_(copied.grad)
-        copied.grad = None
-
-    def norm(self) -> Tensor:
-        """Of all together; of rows first, for a CPU adds one number after the other to a sum in float32."""
-        return torch.linalg.vector_norm(torch.linalg.vector_norm(self.buffer.view(-1, _ROW), dim=1))
-
-    def complete(self) -> None:
-        """Zeroes what has had no gradient in this update."""
-        for number in self.stale:
-            self.parts[number].zero_()
-        self.stale = set()
-
-    def begin(self) -> None:
-        """For the next update."""
-        if self._taken:
-            self.stale = set(range(len(self.parts)))
-        else:
-            self.buffer.zero_()
-
-
 class TrainStep:
     """Updates of a model with a loss: `accumulate` for each micro-batch, then `apply`.
 
@@ -171,7 +122,11 @@ class TrainStep:
     float32. clip: largest norm of the gradients, 0: any; FusedLAMB has its own. compile: the loss through
     torch.compile, without a graph break. graphs: one CUDA graph for the gradients of each shape of a batch, and one for
     the rest of the update; the first batch of a shape runs without. Both pay where shapes are few (feed.Buckets).
-    distillation: what a teacher adds to the terms of the model.
+    distillation: what a teacher adds to the terms of the model. reduce_dtype: what gradients are rounded to when they
+    are summed over processes; None: they are not. spikes: what is done about updates that stand out; None: nothing.
+
+    A model that `sharding.shard` has sharded runs in the dtypes that were given there: dtype must be the same, and
+    reduce_dtype is not asked here.
 
     `working` is the model that runs; use it for validation. Everything random follows from the seed of each
     micro-batch.
@@ -189,39 +144,55 @@ class TrainStep:
         compile: bool = False,
         graphs: bool = False,
         distillation: Distillation | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        spikes: Spikes | None = None,
     ):
         if graphs and world.device.type != "cuda":
             raise ConfigError(f"graphs is set, but the device is {world.device}, expected a GPU")
         self.model, self.optimizer, self.world, self.clip = model, optimizer, world, clip
+        self.dtype, self.spikes = dtype or torch.float32, spikes
         self.distillation = distillation
         self.terms = model.terms + (() if distillation is None else distillation.terms)
         self.progress = Progress(world.device, len(self.terms))
         self.loss_scale = LossScale(world.device) if dtype == torch.float16 else None
-        self.working = model if dtype is None else copy.deepcopy(model).to(dtype)
-        self.gradients = MainGradients(model, self.working)
+        sharded = any(map(is_sharded, model.parameters()))
+        self.working = model if dtype is None or sharded else copy.deepcopy(model).to(dtype)
+        if sharded:
+            self.gradients = ShardedGradients(model, world)
+        else:
+            self.gradients = MainGradients(model, self.working, world, reduce_dtype)
         self.rates, self._scaled = Rates(rate, world.device), {}
         self._place_rate()
         self._run = _compiled(self._forward) if compile else self._forward
         self._graphs = _Graphs(world.device) if graphs else None
         self._transfers = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
 
-    def accumulate(self, batch: MicroBatch, labels: float, seed: int, *, samples: float = 0, tokens: float = 0) -> None:
+    def accumulate(
+        self,
+        batch: MicroBatch,
+        labels: float,
+        seed: int,
+        *,
+        samples: float = 0,
+        tokens: float = 0,
+        last: bool = True,
+    ) -> None:
         """Adds the gradients of a micro-batch's share in the means over all `labels` of the update, and over all its
-        `samples` and `tokens` if a term is per those. ConfigError if the batch alone has more.
+        `samples` and `tokens` if a term is per those. ConfigError if the batch alone has more. last: whether none of
+        the update follows: with several processes, gradients are then summed over them meanwhile.
         """
         torch.manual_seed(seed)
-        share = self._share(batch, {"label": labels, "sample": samples, "token": tokens})
-        share = share if self._transfers is None else share.pin_memory()
-        inputs = self._to_device(batch.inputs | {"share": share})
+        inputs = self._inputs(batch, {"label": labels, "sample": samples, "token": tokens})
+        self.gradients.expect(last and self._graphs is None)
         if self._graphs is None:
-            self._add_gradients(inputs, batch.max_seqlen)
+            self._add_gradients(self._run, inputs, batch.max_seqlen)
             return
         stale = frozenset(self.gradients.stale)
         key = tuple(tuple(t.shape) for t in inputs.values()), batch.max_seqlen, stale
 
         def captured(given: dict[str, Tensor]) -> set[int]:
             self.gradients.stale = set(stale)
-            self._add_gradients(given, batch.max_seqlen)
+            self._add_gradients(self._run, given, batch.max_seqlen)
             return self.gradients.stale
 
         self.gradients.stale = set(self._graphs.run(key, captured, inputs))
@@ -230,12 +201,23 @@ class TrainStep:
         """Moves the weights, unless a gradient is not finite, and forgets the gradients."""
         self.rates.reach(self.progress.made)
         self.gradients.complete()
-        self.world.add(self.gradients.buffer)
+        self.world.add(self.progress.update_loss)
         if self._graphs is None:
             self._move({})
         else:
             self._graphs.run("update", self._move, {})
         self.gradients.begin()
+
+    def once(self, batch: MicroBatch, labels: float, *, samples: float = 0, tokens: float = 0) -> list[float]:
+        """Leaves the gradients of this micro-batch alone in the parameters of `model`, computed without compiled code
+        and graphs; returns the means of all terms over it. For looking into an update that could not be made.
+        """
+        inputs = self._inputs(batch, {"label": labels, "sample": samples, "token": tokens})
+        self.gradients.begin()
+        self.gradients.expect(isinstance(self.gradients, ShardedGradients))  # whose sums are all that can be had
+        losses = self._add_gradients(self._forward, inputs, batch.max_seqlen)
+        self.gradients.fill()
+        return losses.tolist()
 
     def evaluate(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """The means of all terms over a batch `[k]`, as the working copy is now; and how many of its sentence labels
@@ -256,12 +238,14 @@ class TrainStep:
             )
         return made
 
-    def restore(self, made: int, tried: int, scale: dict[str, float] | None) -> None:
+    def restore(self, made: int, tried: int, scale: dict[str, float] | None = None, spikes: dict | None = None) -> None:
         """Goes on where `made` of `tried` updates had been made, with weights and optimizer as they are now."""
         self.progress.made.fill_(made)
         self.progress.tried.fill_(tried)
         if self.loss_scale is not None and scale:  # the run had none where it was begun in another precision
             self.loss_scale.load(scale)
+        if self.spikes is not None and spikes:
+            self.spikes.load(spikes)
         self.rates.begin(made)
         self._place_rate()
         self._refresh()
@@ -281,36 +265,53 @@ class TrainStep:
     def _forward(self, inputs: dict[str, Tensor], max_seqlen: int) -> Tensor:
         return self._evaluate(inputs, max_seqlen)[0]
 
-    def _add_gradients(self, inputs: dict[str, Tensor], max_seqlen: int) -> None:
+    def _add_gradients(self, run: Callable, inputs: dict[str, Tensor], max_seqlen: int) -> Tensor:
         weights, amounts = inputs["share"].unbind()
-        losses = self._run({name: t for name, t in inputs.items() if name != "share"}, max_seqlen)
+        losses = run({name: t for name, t in inputs.items() if name != "share"}, max_seqlen)
         weights = weights.to(losses.dtype)
         losses.backward(weights if self.loss_scale is None else weights * self.loss_scale.scale)
         losses = losses.detach().double()
         self.progress.losses += losses * amounts
-        self.progress.note(losses.sum())
+        self.progress.update_loss += losses @ inputs["share"][0]
+        return losses
 
     def _move(self, _inputs: dict[str, Tensor]) -> None:
         progress, scale = self.progress, None if self.loss_scale is None else self.loss_scale.scale
-        if isinstance(self.optimizer, FusedLAMB):  # it unscales, clips and skips by itself
-            self.optimizer.grad_scale = scale
+        progress.note(progress.update_loss.isfinite())
+        if isinstance(self.optimizer, FusedLAMB):  # it unscales, clips and skips what is not finite by itself
+            norm = self._norm(scale) if self.spikes is not None else None
+            self.optimizer.grad_scale, self.optimizer.found_inf = scale, self._forbidden(norm).float().squeeze()
             self.optimizer.step()
             progress.grad_norm.copy_(self.optimizer.grad_norm)
         else:
-            norm = self.gradients.norm()
-            norm = norm if scale is None else norm / scale
+            norm = self._norm(scale)
             self.optimizer.grad_scale = self._divisor(norm, scale)
-            self.optimizer.found_inf = (~norm.isfinite()).float()
+            self.optimizer.found_inf = (self._forbidden(norm) | ~norm.isfinite()).float().squeeze()
             self.optimizer.step()
             progress.grad_norm.copy_(norm)
         finite = progress.grad_norm.isfinite()
-        if self.loss_scale is None:  # nothing changes until the gradients are finite
-            progress.note(progress.grad_norm)
+        if self.loss_scale is None:
+            progress.note(finite)
         else:
             self.loss_scale.update(finite)
         progress.tried += 1
-        progress.made += finite
+        progress.made += finite & ~progress.halted & (True if self.spikes is None else ~self.spikes.skips)
+        progress.update_loss.zero_()
         self._refresh()
+
+    def _norm(self, scale: Tensor | None) -> Tensor:
+        norm = self.gradients.norm()
+        return norm if scale is None else norm / scale
+
+    def _forbidden(self, norm: Tensor | None) -> Tensor:
+        """Whether this update may not be made, whatever its gradients: since one before it, or as a spike, `[1]`."""
+        progress = self.progress
+        if self.spikes is None:
+            return progress.halted
+        spiked = self.spikes.judge(progress.tried, progress.update_loss, norm, progress.halted)
+        if self.spikes.action == "stop":
+            progress.note(~spiked)
+        return progress.halted | self.spikes.skips
 
     def _divisor(self, norm: Tensor, scale: Tensor | None) -> Tensor | None:
         """What the optimizer divides the gradients by: the loss scale, and more where they are clipped."""
@@ -334,6 +335,11 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             scale = group.get("lr_scale", 1.0)
             group["lr"] = self.rates.rate if scale == 1.0 else self._scaled.setdefault(scale, self.rates.rate * scale)
+
+    def _inputs(self, batch: MicroBatch, whole: Mapping[str, float]) -> dict[str, Tensor]:
+        """The batch on the device, with its shares of the update."""
+        share = self._share(batch, whole)
+        return self._to_device(batch.inputs | {"share": share if self._transfers is None else share.pin_memory()})
 
     def _share(self, batch: MicroBatch, whole: Mapping[str, float]) -> Tensor:
         """For each term, its weight in the update's loss and what it is per, `[2, k]`."""
