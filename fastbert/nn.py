@@ -66,6 +66,13 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and "forward" not in module.__dict__ and not hooked and not hooked_everywhere()
 
 
+def _is_sharded_alone(layer: nn.Module) -> bool:
+    """Whether nothing but fully_shard has been done to a layer: it makes a class of its own, with a hook before and
+    after."""
+    hooked = len(layer._forward_hooks) == len(layer._forward_pre_hooks) == 1
+    return type(layer).__name__ == f"FSDP{EncoderLayer.__name__}" and hooked and not hooked_everywhere()
+
+
 def hooked_everywhere() -> bool:
     """Whether there are hooks for all modules."""
     every = nn.modules.module
@@ -365,7 +372,7 @@ class Encoder(nn.Module):
         self, layer: nn.Module, x: Tensor, shared: SharedWeights | None, sequences: dict, rows: Tensor | None
     ) -> Tensor:
         if rows is not None:
-            if not is_plain(layer, EncoderLayer):
+            if not (is_plain(layer, EncoderLayer) or _is_sharded_alone(layer)):
                 return self._apply_layer(layer, x, shared, sequences, None).index_select(0, rows)
             sequences = {**sequences, "rows": rows}
         checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()

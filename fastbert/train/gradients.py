@@ -168,7 +168,7 @@ class ShardedGradients:
         own = [torch.linalg.vector_norm(parameter.grad.to_local().double()) for parameter in self._parameters]
         total = torch.stack(own).square().sum()
         self._world.add(total)
-        return total.sqrt()
+        return total.sqrt().float()
 
     def fill(self) -> None:
         """Zeroes for what has had no gradient in this update."""

@@ -20,15 +20,16 @@ def diagnose(
     what was not finite: `weights`, `modules` (whose output was not, although their input was, in order), `losses` and
     `gradients`; empty if all was.
     """
-    torch.manual_seed(seed)
     found = {"weights": [name for name, p in updates.model.named_parameters() if not _finite(p)]}
-    with _watched_modules(updates.working) as modules:
-        losses = updates.once(batch, labels, samples=samples, tokens=tokens)
-    found["modules"] = modules
+    torch.manual_seed(seed)
+    losses = updates.once(batch, labels, samples=samples, tokens=tokens)
     found["losses"] = [term.name for term, loss in zip(updates.terms, losses, strict=True) if not math.isfinite(loss)]
     gradients = [(name, p.grad) for name, p in updates.model.named_parameters() if p.grad is not None]
     found["gradients"] = [name for name, grad in gradients if not _finite(grad)]
-    return {what: names for what, names in found.items() if names}
+    torch.manual_seed(seed)
+    with _watched_modules(updates.working) as found["modules"]:  # apart: what is watched computes in another way
+        updates.once(batch, labels, samples=samples, tokens=tokens)
+    return {what: found[what] for what in ("weights", "modules", "losses", "gradients") if found[what]}
 
 
 def describe(faults: Sequence[dict]) -> str:

@@ -224,6 +224,8 @@ class TrainStep:
         are guessed, or None."""
         inputs = self._to_device(batch.inputs)
         losses, output = self._evaluate(inputs, batch.max_seqlen)
+        if isinstance(self.gradients, ShardedGradients):
+            self.model.reshard()  # a backward pass would do it, but none follows
         if "sentence_labels" not in inputs:
             return losses, None
         return losses, (output.sentence_logits.argmax(-1) == inputs["sentence_labels"]).sum()
