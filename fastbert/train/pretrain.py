@@ -96,7 +96,7 @@ class Trainer:
         self._mark, stop = time.perf_counter(), False
         with Interrupt(announce=self.world.is_main) as interrupt:
             while self.step < self.steps and not stop:
-                self.world.note(f"step {self.step + 1}")
+                self.world.note(f"in step {self.step + 1}")
                 self._train_step()
                 stop = self._agree(interrupt.requested)
                 self._after_step(stop)
@@ -378,7 +378,7 @@ class Trainer:
         self.journal.sync()
         scored = self.config.keep_best and self._validated == self.step
         loss = self.validation_loss if scored else None
-        self.saver.save(self.model, self.updates.optimizer, self.step, content, loss)
+        self.saver.save(self.model, self.updates.optimizer, content, loss)
 
     def _finish_saving(self) -> None:
         """Waits for the checkpoint that is being written. StorageError if it cannot be."""
@@ -387,8 +387,9 @@ class Trainer:
         self._tell_of_saved()
 
     def _tell_of_saved(self) -> None:
-        for step in self.saver.written():
-            self.journal.record("checkpoint", step=step, folder=state.name_of(step))
+        for saved in self.saver.saved():
+            seconds = {"held_up_s": round(saved.held_up, 4), "took_s": round(saved.took, 4)}
+            self.journal.record("checkpoint", step=saved.step, folder=state.name_of(saved.step), **seconds)
 
     def _restore(self, checkpoint: Path) -> None:
         content = resume.read_state(checkpoint)

@@ -2,9 +2,11 @@
 
 import copy
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,14 @@ from fastbert.errors import FastBertError
 from fastbert.optim import is_sharded
 from fastbert.train import state
 from fastbert.train.world import World
+
+
+class Saved(NamedTuple):
+    """A checkpoint that is complete: seconds that training stood still for it, and that it took to write."""
+
+    step: int
+    held_up: float
+    took: float
 
 
 class Saver:
@@ -39,7 +49,7 @@ class Saver:
         self.step: int | None = None  # of the last checkpoint that was begun
         self.best: tuple[float, str] | None = None  # the lowest validation loss that was saved, and its checkpoint
         self.error: FastBertError | None = None
-        self._write, self._thread, self._written = write, None, deque()
+        self._write, self._thread, self._saved = write, None, deque()
         self._moments: dict[str, Tensor] = {}
         self._pin = world.device.type == "cuda"
         self._copy = _twin(model, self._pin) if world.is_main else None
@@ -48,25 +58,27 @@ class Saver:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        step: int,
         content: dict,
         validation_loss: float | None = None,
     ) -> None:
-        """Saves the state of `step`, with `content` as state.json. validation_loss: of just this state, if known."""
+        """Saves the state of content["step"], with `content` as state.json. validation_loss: of just this state, if
+        known."""
+        begin = time.perf_counter()
         self.wait()
         moments = state.optimizer_tensors(model, optimizer)
         self._take([parameter.detach() for parameter in model.parameters()], moments)
-        self.step = step
+        self.step = content["step"]
         if not self.world.is_main:
             return
         if validation_loss is not None and (self.best is None or validation_loss < self.best[0]):
-            self.best = validation_loss, state.name_of(step)
+            self.best = validation_loss, state.name_of(self.step)
         content |= {"best": self.best}
         if self.asynchronous:
-            self._thread = threading.Thread(target=self._store, args=(step, content), name="saver", daemon=True)
+            held_up = time.perf_counter() - begin
+            self._thread = threading.Thread(target=self._store, args=(content, held_up), name="saver", daemon=True)
             self._thread.start()
         else:
-            self._store(step, content)
+            self._store(content)
 
     def wait(self) -> None:
         """Returns once nothing is being written any more."""
@@ -74,9 +86,9 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def written(self) -> list[int]:
-        """The steps whose checkpoints have been completed since this was last asked."""
-        return [self._written.popleft() for _ in range(len(self._written))]
+    def saved(self) -> list[Saved]:
+        """The checkpoints that have been completed since this was last asked."""
+        return [self._saved.popleft() for _ in range(len(self._saved))]
 
     def write_model(self, model: nn.Module, folder: Path) -> None:
         """Writes a model folder. Every process calls it, as `save`."""
@@ -103,13 +115,16 @@ class Saver:
         if self.world.is_main:
             room(whole).copy_(whole, non_blocking=True)
 
-    def _store(self, step: int, content: dict) -> None:
+    def _store(self, content: dict, held_up: float | None = None) -> None:
+        begin, step = time.perf_counter(), content["step"]
         try:
             state.save(self.root, step, lambda folder: self._write(self._copy, folder), self._moments, content)
             state.prune(self.root, self.keep_last, self.best and self.best[1])
-            self._written.append(step)
         except Exception as error:  # for the thread that trains to see
             self.error = error
+            return
+        took = time.perf_counter() - begin
+        self._saved.append(Saved(step, took if held_up is None else held_up, took))
 
 
 def _twin(model: nn.Module, pin: bool) -> nn.Module:

@@ -52,6 +52,9 @@ class World:
         backend = "cpu:gloo,cuda:nccl" if resolved.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        # torchrun keeps one store over its restarts, with the addresses of processes that are gone (seen in 2.13)
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"fastbert {restarts} {size}", store)
         notes = Notes(store, rank, size)
         token = _notes.set(notes)
         try:
@@ -71,7 +74,7 @@ class World:
         return self.rank == 0
 
     def note(self, doing: str) -> None:
-        """What this process does now, for the others to tell."""
+        """What this process is doing now, for the others to tell."""
         if self.notes is not None:
             self.notes.doing(doing)
 
@@ -163,6 +166,7 @@ class Notes:
         self._thread.start()
 
     def doing(self, text: str) -> None:
+        """Text that goes with "is", such as "in step 12"."""
         self._doing, self._since = text, time.time()
 
     def fail(self, error: Exception) -> None:
@@ -184,11 +188,13 @@ class Notes:
         if self._rank == 0:
             self._store.set(key, "1")
             return
+        before = self._doing
         self.doing(f"waiting for process 0, which is {what}")
         while not self._store.check([key]):
             if reason := self._lost(0, 6 * _SILENCE):
-                raise ProcessError(f"process {self._rank} of {self._size} waited in vain while {what}: {reason}")
+                raise ProcessError(f"process {self._rank} of {self._size} waited for process 0, {what}: {reason}")
             time.sleep(0.2)
+        self.doing(before)
 
     def of_others(self) -> str:
         """What has become of the other processes: an error, no sign of life, or what each is doing."""
@@ -213,14 +219,11 @@ class Notes:
             dead = not _is_alive(note["pid"])
         else:
             dead = time.time() - note["time"] > silence
-        return f"process {rank} (pid {note['pid']} on {note['host']}) has died in {note['doing']}" if dead else None
+        return f"{_who(rank, note)} has died, last seen {note['doing']}" if dead else None
 
     def _told(self, rank: int) -> str:
         note = self._read(rank)
-        return (
-            f"process {rank} (pid {note['pid']} on {note['host']}) lives, and has been in {note['doing']} "
-            f"for {time.time() - note['since']:.0f} s"
-        )
+        return f"{_who(rank, note)} lives, and has been {note['doing']} for {time.time() - note['since']:.0f} s"
 
     def _read(self, rank: int) -> dict:
         return json.loads(self._store.get(f"note/{rank}"))
@@ -236,6 +239,10 @@ class Notes:
                 self._write()
             except RuntimeError:
                 return  # the launcher has ended: so will this process
+
+
+def _who(rank: int, note: dict) -> str:
+    return f"process {rank} (pid {note['pid']} on {note['host']})"
 
 
 _notes: ContextVar[Notes | None] = ContextVar("fastbert_notes", default=None)  # of the process group that was joined
