@@ -115,16 +115,15 @@ class _Exchange:
                 ends.append((begin, end))
                 end = begin
         self._buckets = [buffer[begin:end] for begin, end in ends]
-        self._open = True
         self._forget()
 
     def expect(self, last: bool) -> None:
-        if self._sent:
+        if self._open:
             raise ConfigError("a micro-batch was added after the last one of the update, expected apply()")
         self._open = last
 
     def made(self, number: int) -> None:
-        """The last backward pass has made this gradient."""
+        """A backward pass has made this gradient."""
         if not self._open:
             return
         self._missing[self._bucket_of[number]] -= 1
@@ -146,7 +145,7 @@ class _Exchange:
         self._sent.append((bucket, carried, self._world.begin_adding(carried)))
 
     def _forget(self) -> None:
-        self._sent = []
+        self._sent, self._open = [], False
         self._missing = [self._bucket_of.count(number) for number in range(len(self._buckets))]
 
 

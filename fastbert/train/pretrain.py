@@ -338,6 +338,7 @@ class Trainer:
                     self.updates.evaluate(micro_batch(self.held_out, chosen[:1], 0, self.world))
                 continue
             batch = micro_batch(self.held_out, own, 0, self.world)
+            torch.manual_seed(_derived_seed(self.config.seed, int(own[0])))  # ELECTRA draws words
             losses, guessed = self.updates.evaluate(batch)
             total += losses.double() * total.new_tensor([batch.counts[term.per] for term in terms])
             right += 0 if guessed is None else guessed
