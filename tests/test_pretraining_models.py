@@ -536,10 +536,10 @@ def updated(family, batches, rank=0, size=1):
     labels, samples, tokens = whole.values()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(electra, "sample", lambda logits: logits.argmax(-1))
-        for each in batches[rank::size]:
-            step.accumulate(each, labels, 0, samples=samples, tokens=tokens)
+        own = batches[rank::size]
+        for each in own:
+            step.accumulate(each, labels, 0, samples=samples, tokens=tokens, last=each is own[-1])
     step.gradients.complete()
-    world.add(step.gradients.buffer)
     sums = step.progress.losses.clone()
     world.add(sums)
     return step.gradients.buffer.clone(), sums

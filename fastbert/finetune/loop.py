@@ -138,15 +138,13 @@ class Tuner:
         return TrainStep(self.model, optimizer, self.lr, world=self.world, dtype=dtype, clip=config.clip)
 
     def _train_once(self) -> None:
-        hands = self._hands(self.update)
-        batches = [
-            self.task.batch([self.train.samples[i] for i in hand]) for hand in hands[self.world.rank :: self.world.size]
-        ]
+        hands = list(enumerate(self._hands(self.update)))[self.world.rank :: self.world.size]
+        batches = [self.task.batch([self.train.samples[i] for i in hand]) for _, hand in hands]
         own = [sum(batch.counts[per] for batch in batches) for per in ("label", "sample", "token")]
         labels, samples, tokens = self.world.sum(*own)
-        for number, batch in enumerate(batches):
-            seed = _seed(self.seed, self.update, number, self.world.rank)
-            self.updates.accumulate(_pinned(batch, self.world), labels, seed, samples=samples, tokens=tokens)
+        for (number, _), batch in zip(hands, batches, strict=True):
+            seed, last = _seed(self.seed, self.update, number), number == hands[-1][0]
+            self.updates.accumulate(_pinned(batch, self.world), labels, seed, samples=samples, tokens=tokens, last=last)
         self.updates.apply()
         self._counts.update({"label": int(labels), "sample": int(samples), "token": int(tokens)})
         self.update += 1

@@ -121,8 +121,9 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Ends the threads and closes the files."""
+        """Ends the threads, the one that writes a checkpoint once it is complete, and closes the files."""
         self.feed.close()
+        self.saver.wait()
         self.journal.close()
 
     # -- building ------------------------------------------------------------------------------------------------------
