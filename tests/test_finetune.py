@@ -535,13 +535,16 @@ def test_the_command(folder, tmp_path, capsys):
 
 
 def _together(folder, out):
-    made = config(folder, out, steps=8, epochs=None, batch_size=8, lr=1e-3)
+    made = config(folder, out, steps=8, epochs=None, batch_size=4, accumulation=2, lr=1e-3, classifier_dropout=0.3)
     result = finetune(made)
     return result.seeds[0].validation.metrics, [record["loss"] for record in read_log(out, "train")]
 
 
 def test_two_processes_do_what_one_does(folder, tmp_path, processes, one_thread):
-    alone = config(folder, tmp_path / "one", steps=8, epochs=None, batch_size=16, lr=1e-3)
+    """With dropout."""
+    alone = config(
+        folder, tmp_path / "one", steps=8, epochs=None, batch_size=4, accumulation=4, lr=1e-3, classifier_dropout=0.3
+    )
     result = finetune(alone)
     (scores, losses), (others, _) = processes(2).run(_together, folder, tmp_path / "two")
     assert scores == others == result.seeds[0].validation.metrics

@@ -88,6 +88,15 @@ def test_several_processes_make_the_run_of_one(data, alone, processes, tmp_path,
     )
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_the_teacher_is_whole_in_every_process(data, alone, processes, tmp_path, parallel):  # noqa: F811
+    one = whole(_config(data, tmp_path / "one"), teacher=str(alone("bert") / "model"), distill_hidden=0.5)
+    pretrain(one)
+    two = replace(one, parallel=parallel, out=str(tmp_path / "two"))
+    processes(2).run(run, two)
+    close_end(two.out, one.out, step=6)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_sharded_model_runs_in_16_bits_beside_weights_in_fp32(data, processes, tmp_path, precision):  # noqa: F811
     one = whole(_config(data, tmp_path / "one"), precision=precision)
