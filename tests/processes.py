@@ -18,13 +18,18 @@ import torch.distributed as dist
 LIMIT = 30  # seconds that processes wait for each other
 
 
+def forkserver():
+    """What starts processes as forks of one that has imported what takes long, and has done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "torch.distributed.checkpoint", "fastbert.train.pretrain"])
+    return context
+
+
 class Processes:
     """run(function, *args) is [function(*args) of every rank]."""
 
     def __init__(self, size, folder):
-        # Forked from a process that has imported this and has done nothing else; torch._dynamo is what DDP imports.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo", "torch.distributed.checkpoint"])
+        context = forkserver()
         self.pipes, self.processes = [], []
         with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
             for rank in range(size):

@@ -88,6 +88,7 @@ class Trainer:
             self._restore(resumed)
         self.journal = self._open_journal(resumed)
         for text in damaged:
+            self.journal.record("damaged", step=self.step, reason=text)
             self.journal.say(text)
 
     def run(self) -> PretrainResult:
@@ -168,6 +169,8 @@ class Trainer:
             return Journal(None)
         if resumed is None:
             setup.clear_folder(self.folder)
+        else:
+            self.saver.tidy(self.step)
         state.remove_remains(self.saver.root)
         journal = Journal(
             self.folder, tensorboard=self.config.tensorboard, resume_from=None if resumed is None else self.step

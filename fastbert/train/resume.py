@@ -45,9 +45,8 @@ def find_checkpoint(config: PretrainConfig, world: World) -> tuple[Path | None, 
     if not config.resume:
         return None, []
     root, damaged = Path(config.out) / CHECKPOINTS, []
-    found = state.latest(root, damaged.append).name if world.is_main else ""
-    (number,) = world.max(float(found.rpartition("-")[2] or 0))
-    return root / state.name_of(int(number)), damaged
+    (step,) = world.max(state.step_of(state.latest(root, damaged.append)) if world.is_main else 0)
+    return root / state.name_of(int(step)), damaged
 
 
 def read_state(checkpoint: Path) -> dict:

@@ -86,6 +86,10 @@ class Saver:
             self._thread.join()
             self._thread = None
 
+    def tidy(self, step: int) -> None:
+        """Removes what is not to be kept once there is a checkpoint of `step`."""
+        state.prune(self.root, step, self.keep_last, self.best and self.best[1])
+
     def saved(self) -> list[Saved]:
         """The checkpoints that have been completed since this was last asked."""
         return [self._saved.popleft() for _ in range(len(self._saved))]
@@ -119,7 +123,7 @@ class Saver:
         begin, step = time.perf_counter(), content["step"]
         try:
             state.save(self.root, step, lambda folder: self._write(self._copy, folder), self._moments, content)
-            state.prune(self.root, self.keep_last, self.best and self.best[1])
+            self.tidy(step)
         except Exception as error:  # for the thread that trains to see
             self.error = error
             return

@@ -25,7 +25,7 @@ from fastbert.errors import CheckpointError, FastBertError, MissingFileError, St
 from fastbert.optim import is_sharded, placed_as
 
 STATE, OPTIMIZER, MANIFEST = "state.json", "optimizer.safetensors", "manifest.json"
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-\d{8,}")
 _CHUNK = 1 << 22
 _HERE, _RENAME_EXCHANGE = -100, 2  # of renameat2: AT_FDCWD, and its flag
 
@@ -74,6 +74,11 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint folder."""
+    return int(folder.name.rpartition("-")[2])
+
+
 def save(root: Path, step: int, write_model: Callable[[Path], None], optimizer: dict[str, Tensor], state: dict) -> Path:
     """Writes the checkpoint of `step` under `root`. write_model(folder) writes the model and its tokenizer."""
     folder = root / name_of(step)
@@ -87,9 +92,10 @@ def save(root: Path, step: int, write_model: Callable[[Path], None], optimizer: 
     return folder
 
 
-def prune(root: Path, keep_last: int, best: str | None = None) -> None:
-    """Removes all but the newest `keep_last` checkpoints and the one with the name `best`."""
-    for folder in newest_first(root)[keep_last:]:
+def prune(root: Path, step: int, keep_last: int, best: str | None = None) -> None:
+    """Removes all but the newest `keep_last` checkpoints up to that of `step`, and the one with the name `best`. Where
+    a run has gone back behind damaged ones, these are neither counted nor removed."""
+    for folder in [folder for folder in newest_first(root) if step_of(folder) <= step][keep_last:]:
         if folder.name != best:
             remove_folder(folder)
 
@@ -227,8 +233,7 @@ def _is_inside(name: str) -> bool:
 
 def newest_first(root: Path) -> list[Path]:
     """The checkpoints under `root`, complete or damaged."""
-    found = [(int(match[1]), path) for path in root.glob("step-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted((path for path in root.glob("step-*") if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
 
 
 def _fingerprint(path: Path) -> dict:
