@@ -167,14 +167,14 @@ class Trainer:
     def _open_journal(self, resumed: Path | None) -> Journal:
         if not self.world.is_main:
             return Journal(None)
-        if resumed is None:
-            setup.clear_folder(self.folder)
-        else:
-            self.saver.tidy(self.step)
-        state.remove_remains(self.saver.root)
-        journal = Journal(
-            self.folder, tensorboard=self.config.tensorboard, resume_from=None if resumed is None else self.step
-        )
+        with state.storing(self.folder):
+            if resumed is None:
+                setup.clear_folder(self.folder)
+            else:
+                self.saver.tidy(self.step)
+            state.remove_remains(self.saver.root)
+            resume_from = None if resumed is None else self.step
+            journal = Journal(self.folder, tensorboard=self.config.tensorboard, resume_from=resume_from)
         journal.record(
             "begin" if resumed is None else "resume",
             time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -49,14 +49,15 @@ def check_no_run(config: PretrainConfig) -> None:
 
 
 def check_folder(config: PretrainConfig) -> None:
-    """The out folder can be written, and no run is in the way, or there is one to resume."""
+    """The out folder can be written, else StorageError; and no run is in the way, or there is one to resume."""
     folder = Path(config.out)
     check_no_run(config)
     if config.resume and not has_run(folder):
         raise MissingFileError(f"out {config.out!r} contains no run to resume")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    with state.storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 def check_device(config: PretrainConfig, world: World) -> None:

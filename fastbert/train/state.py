@@ -31,12 +31,23 @@ _HERE, _RENAME_EXCHANGE = -100, 2  # of renameat2: AT_FDCWD, and its flag
 
 
 @contextmanager
+def storing(target: Path) -> Iterator[None]:
+    """StorageError for what the file system, or safetensors of it, says while `target` is written."""
+    try:
+        yield
+    except FastBertError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{target} cannot be written: {error}") from error
+
+
+@contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place, synced to disk, if the body succeeds, and vanishes if
     not. StorageError if it cannot be written.
     """
     temporary = target.with_name(f".{target.name}.new")
-    with _storing(target):
+    with storing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -53,7 +64,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Writes a file that appears whole, synced to disk, or not at all. StorageError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    with _storing(path):
+    with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_text(text, encoding="utf-8")
@@ -187,17 +198,6 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
     content = optimizer.state_dict()
     content["state"] = {index: state[names[parameter]] for index, parameter in enumerate(ordered)}
     optimizer.load_state_dict(content)
-
-
-@contextmanager
-def _storing(target: Path) -> Iterator[None]:
-    """StorageError for what the file system, or safetensors of it, says while `target` is written."""
-    try:
-        yield
-    except FastBertError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{target} cannot be written: {error}") from error
 
 
 def _take_place(folder: Path, target: Path) -> None:
