@@ -237,10 +237,12 @@ Tensor lamb_(Tensors params, Tensors masters, Tensors grads, Tensors exp_avgs, T
   STD_TORCH_CHECK(phases >= 1 && phases <= 7 && ((phases & fastbert::kNorm) || workspace.has_value()),
                   "lamb_: phases is ", phases, ", and those after the norm need its workspace");
   const int64_t ints = work_ints(batches);
-  const Tensor memory = workspace.has_value() ? *workspace : torch::stable::new_empty(like, {ints}, ScalarType::Int);
+  // Nothing that is returned is an argument, as operators promise.
+  const Tensor fresh = torch::stable::new_empty(like, {workspace.has_value() ? 0 : ints}, ScalarType::Int);
+  const Tensor memory = workspace.has_value() ? *workspace : fresh;
   STD_TORCH_CHECK(memory.numel() == ints && memory.scalar_type() == ScalarType::Int,
                   "lamb_: workspace is not that of the norm of these tensors");
-  if (batches.empty()) return memory;
+  if (batches.empty()) return fresh;
   auto* begin = static_cast<int*>(data(memory, like, "workspace", 0));
   carve(batches, begin, data<double>(totals, ScalarType::Double, like, "totals", 0));
   for (const auto& batch : batches) {
@@ -251,11 +253,11 @@ Tensor lamb_(Tensors params, Tensors masters, Tensors grads, Tensors exp_avgs, T
 #ifdef FASTBERT_CUDA
   if (like.is_cuda()) {
     run_cuda(batches, static_cast<int>(phases), begin, like);
-    return memory;
+    return fresh;
   }
 #endif
   run_cpu(batches, static_cast<int>(phases), begin);
-  return memory;
+  return fresh;
 }
 
 #ifdef FASTBERT_CUDA

@@ -67,7 +67,9 @@ def load() -> str | None:
             return None
         allowed = os.environ.get("FASTBERT_BUILD") != "0"
         reason = _failures.get(allowed) or _load()
-        if reason is not None:
+        if reason is None:
+            _describe()
+        else:
             _failures[allowed] = reason
         return reason and f"the extension is not built: {reason}"
 
@@ -173,6 +175,21 @@ def _load() -> str | None:
         return obstacle() or _compile(decide()[0])
     except OSError as error:
         return f"{error}; set FASTBERT_CACHE if the folder cannot be used"
+
+
+def _describe() -> None:
+    """Tells PyTorch what the operators return, without running them: for torch.compile, export and checks."""
+    import torch
+
+    @torch.library.register_fake("fastbert::lamb_")
+    def _(params, masters, grads, exp_avgs, exp_avg_sqs, steps, lrs, settings, grad_scale, found_inf, max_norm, totals,
+          workspace, phases):  # fmt: skip
+        size = torch.library.get_ctx().new_dynamic_size() if workspace is None else 0
+        return totals.new_empty((size,), dtype=torch.int32)
+
+    @torch.library.register_fake("fastbert::encoder_layers")
+    def _(x, weights, applications, mask, eps, activation):
+        return torch.empty_like(x)
 
 
 def _compile(part: str) -> str | None:

@@ -201,15 +201,15 @@ class _Extension:
         self.workspace = None
         self.changed = [lists[name] for name in LISTS if name != "grads"]
 
+    def given(self, phases: int) -> dict:
+        """The operator's arguments."""
+        own = {"settings": self.settings, "max_grad_norm": self.max_grad_norm, "totals": self.totals}
+        return self.arguments | own | {"workspace": self.workspace, "phases": phases}
+
     def run(self, phases: int) -> None:
-        self.workspace = torch.ops.fastbert.lamb_(
-            **self.arguments,
-            settings=self.settings,
-            max_grad_norm=self.max_grad_norm,
-            totals=self.totals,
-            workspace=self.workspace,
-            phases=phases,
-        )
+        fresh = torch.ops.fastbert.lamb_(**self.given(phases))
+        if self.workspace is None:
+            self.workspace = fresh
         if phases & _APPLY:
             torch.autograd.graph.increment_version([t for tensors in self.changed for t in tensors])
 
