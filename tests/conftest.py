@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import sys
 
 import pytest
@@ -38,6 +39,16 @@ LONGEST = ("test_finetune_demo.py", "test_static.py", "test_slices.py", "test_be
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many examples hypothesis has tried, in all processes: what it adds to reports for its own statistics."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    told = [report.__dict__["_hypothesis_stats"] for report in reports if "_hypothesis_stats" in vars(report)]
+    counts = [re.findall(r"(\d+) passing, (\d+) failing", text) for text in told]
+    passed, failed = (sum(int(pair[i]) for pairs in counts for pair in pairs) for i in (0, 1))
+    if told:
+        terminalreporter.write_line(f"hypothesis: {passed:,} examples in {len(told)} tests passed, {failed:,} failed")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -79,7 +80,10 @@ def test_extreme_values(backend, approximate):
     x = torch.tensor([[-1e4, -50.0, -0.0, 0.0, 50.0, 1e4, float("inf"), float("nan")]], device=DEVICE)
     x = x.half().requires_grad_()
     y = bias_gelu(x, torch.zeros(8, device=DEVICE).half(), approximate=approximate, backend=backend)
-    assert y[0, :7].tolist() == [0, 0, 0, 0, 50, x[0, 5].item(), float("inf")] and y[0, 7].isnan()
+    assert y[0, :6].tolist() == [0, 0, 0, 0, 50, x[0, 5].item()] and y[0, 7].isnan()
+    # PyTorch's own is NaN on some CPUs (Intel's with AVX-512), and what is made of it is as it is.
+    infinity = F.gelu(x.detach(), approximate=approximate)[0, 6] if backend == "torch" else x[0, 6]
+    assert torch.equal(y[0, 6].isnan(), infinity.isnan()) and (infinity.isnan() or y[0, 6] == float("inf"))
     (dx,) = torch.autograd.grad(y[0, :6].sum(), x)
     assert dx[0, :6].tolist() == [0, 0, 0.5, 0.5, 1, 1]
 
