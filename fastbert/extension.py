@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import os
 import re
-import shlex
 import shutil
 import stat
 import subprocess
@@ -108,7 +107,8 @@ def _cuda_mismatch() -> str | None:
     from torch.utils import cpp_extension
 
     nvcc = os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc")
-    release = re.search(r"release ([0-9.]+)", subprocess.getoutput(f"{shlex.quote(nvcc)} --version"))
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release ([0-9.]+)", said)
     if release and release[1].split(".")[0] != torch.version.cuda.split(".")[0]:
         return f"{nvcc} is of CUDA {release[1]}, expected that of torch, {torch.version.cuda}: set CUDA_HOME"
     return None

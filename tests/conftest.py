@@ -12,6 +12,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import offline
 import torch
 from hypothesis import settings
 from processes import Processes
@@ -21,6 +22,7 @@ if not torch.cuda.is_available():
         raise RuntimeError("triton was imported before the tests could ask for its interpreter (TRITON_INTERPRET=1)")
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+offline.forbid()
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
