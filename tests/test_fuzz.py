@@ -1,0 +1,560 @@
+"""Every file that the package reads, mutated: the result of a reader is valid, or the error is one of ours and names file
+and field, in time that nobody notices and memory of the file's size. tests/mutations.py says what mutations there are.
+
+FASTBERT_FUZZ=N draws N new mutations for each reader; FASTBERT_FUZZ=N:SEED draws these again.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import struct
+import time
+import tracemalloc
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from mutations import mutate
+from safetensors.torch import load_file, save_file
+from test_fairseq import roberta, write, write_vocabulary
+from test_models import small_config
+from test_similar_words import CILIN, vector_bytes
+from test_tensorflow import VOCAB as TENSORFLOW_VOCAB
+from test_tensorflow import copy as tensorflow_copy
+from test_tokenizer_levels import PIECES, spiece
+from test_train import write_text
+
+import fastbert
+from benchmarks import rows
+from fastbert.cli import _settings
+from fastbert.crc32c import crc32c
+from fastbert.data import Corpus, SimilarWords, Tokenizer, prepare
+from fastbert.data.text import Scan, as_paths, read_rows
+from fastbert.data.vectors import read_vectors
+from fastbert.data.workfolder import WorkFolder
+from fastbert.errors import FastBertError
+from fastbert.finetune.examples import read_examples
+from fastbert.finetune.options import DemoOptions, FinetuneConfig
+from fastbert.finetune.predict import read_task
+from fastbert.tensorflow_checkpoint import TensorflowCheckpoint, _masked
+from fastbert.train import resume, state
+from fastbert.train.config import PretrainConfig, RecipeOptions
+from fastbert.train.from_fairseq import from_fairseq
+from fastbert.train.from_tensorflow import from_tensorflow
+from fastbert.train.journal import _forget_after, read_log
+from fastbert.train.recipes import Recipe
+from fastbert.train.words import _listed
+from fastbert.weights import read_bin, read_safetensors
+
+COUNT, _, FIRST = os.environ.get("FASTBERT_FUZZ", "").partition(":")
+DEFAULT = 24  # mutations of each file in a usual run
+SECONDS, SPARE, SPARE_RESIDENT = 1.0, 1 << 20, 12 << 20
+TEXT = "我 爱 北京 天安门 the end\n中国 人民\n\nhello world 3.14\n"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """make(folder) writes valid files, of which `file` is mutated; read(folder) reads them and uses what it got. seal
+    (folder, whole) makes checksums anew, so that what is behind them is reached. silent: nothing that is read is an
+    error, by intent, but passed over or made again."""
+
+    name: str
+    file: str
+    kind: str
+    make: Callable[[Path], object]
+    read: Callable[[Path], object]
+    seal: Callable[[Path, bytes], None] | None = None
+    silent: bool = False
+
+
+def put(folder, name, content):
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, dict | list):
+        content = json.dumps(content, ensure_ascii=False)
+    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def wide(family="bert", **changes):
+    return small_config(family, num_hidden_layers=1, **changes)
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def model(folder):
+    torch.manual_seed(0)
+    fastbert.BertForMaskedLM(wide(id2label={0: "no", 1: "yes"})).save_pretrained(folder)
+
+
+def sharded(folder):
+    model(folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "one.safetensors")
+    put(folder, "model.safetensors.index.json", {"metadata": {"n": 1}, "weight_map": dict.fromkeys(tensors, "one.safetensors")})
+
+
+def pickled(**options):
+    def make(folder):
+        model(folder)
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin", **options)
+        (folder / "model.safetensors").unlink()
+
+    return make
+
+
+def large(folder):
+    folder.mkdir(exist_ok=True)
+    save_file({f"part.{i}": torch.randn(256, 1024) for i in range(4)}, folder / "model.safetensors")
+
+
+def large_bin(folder):
+    folder.mkdir(exist_ok=True)
+    torch.save({f"part.{i}": torch.randn(256, 1024) for i in range(4)}, folder / "pytorch_model.bin")
+
+
+def header(folder):
+    """The JSON in front of the tensors, by itself: `seal` puts it there."""
+    model(folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    size = struct.unpack("<Q", whole[:8])[0]
+    (folder / "data").write_bytes(whole[8 + size :])
+    (folder / "model.safetensors").write_bytes(whole[8 : 8 + size].rstrip())
+
+
+def with_data(folder, whole):
+    path = folder / "model.safetensors"
+    text = path.read_bytes()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + (folder / "data").read_bytes())
+
+
+def load_model(folder):
+    found = fastbert.from_pretrained(folder)
+    assert all(parameter.isfinite().all() for parameter in found.parameters())
+
+
+# -- tokenizers --------------------------------------------------------------------------------------------------------
+
+
+def vocabulary(folder):
+    put(folder, "vocab.txt", "".join(f"{token}\n" for token in ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"我爱中国北京abehldnorw", "##e", "the", "##n"]))
+    put(folder, "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True, "unk_token": "[UNK]", "mask_token": {"content": "[MASK]", "lstrip": False}, "added_tokens_decoder": {"0": {"content": "[PAD]"}, "4": {"content": "[MASK]"}}})
+    put(folder, "added_tokens.json", {"[MASK]": 4, "[PAD]": 0})
+
+
+def tokenizer(level):
+    def make(folder):
+        folder.mkdir(exist_ok=True)
+        if level == "unigram":
+            put(folder, "spiece.model", spiece(PIECES))
+            Tokenizer.from_pretrained(folder).save_pretrained(folder)
+        else:
+            (folder / "text.txt").write_text(TEXT * 3, encoding="utf-8")
+            Tokenizer.train(folder / "text.txt", 300 if level == "bpe" else 60, level, progress=False).save_pretrained(folder)
+
+    return make
+
+
+def only(make, *names):
+    """The files of `make` without those of these names, so that others are read in their place."""
+
+    def fewer(folder):
+        make(folder)
+        for name in names:
+            (folder / name).unlink()
+
+    return fewer
+
+
+def load_tokenizer(folder):
+    found = Tokenizer.from_pretrained(folder)
+    ids = found.encode_rows([["我爱", " the", " e\u0301n"]], whole=False).ids.tolist() + found.encode("中国 the [MASK] end")
+    assert all(0 <= index < found.vocab_size for index in ids)
+    found.decode(ids)
+
+
+# -- corpora -----------------------------------------------------------------------------------------------------------
+
+
+def corpus(folder):
+    folder.mkdir(exist_ok=True)
+    write_text(folder / "text.txt", documents=10)
+    made = Tokenizer.train(folder / "text.txt", 60, progress=False)
+    prepare(folder / "text.txt", made, folder / "corpus", words="segmented", validation_fraction=0.2, progress=False)
+
+
+def long_corpus(folder):
+    folder.mkdir(exist_ok=True)
+    write_text(folder / "text.txt", documents=6000)
+    made = Tokenizer.train(folder / "text.txt", 60, progress=False)
+    prepare(folder / "text.txt", made, folder / "corpus", words="segmented", progress=False)
+
+
+def open_corpus(folder):
+    found = Corpus.open(folder / "corpus", verify=False, progress=False)
+    for shard in found.shards:
+        assert len(shard.word_start) == len(shard.input_ids) and len(shard.row_offsets) == len(shard.documents) + 1
+        assert shard.row_offsets[0] == 0 and shard.row_offsets[-1] == len(shard.input_ids)
+        assert (np.diff(shard.row_offsets) >= 0).all()
+        int(shard.input_ids.sum(dtype=np.int64) + shard.documents.sum())
+
+
+def verify_corpus(folder):
+    Corpus.open(folder / "corpus", progress=False)
+
+
+def stated_size(folder, whole):
+    """The manifest says how large the mutated shard is, as if it had been written so."""
+    path, shard = folder / "corpus/manifest.json", folder / "corpus/train-00000.arrow"
+    manifest = json.loads(path.read_bytes())
+    manifest["splits"]["train"]["shards"][0]["bytes"] = shard.stat().st_size
+    path.write_text(json.dumps(manifest))
+
+
+def work_folder(folder):
+    path = folder / ".corpus.work"
+    path.mkdir(parents=True)
+    work = WorkFolder(path, folder / "corpus")
+    work.begin({"files": [["a.txt", 20, 3]], "settings": {"errors": "strict"}})
+    work.keep_scan(Scan([{"path": "a.txt", "bytes": 20, "rows": 3}], np.arange(4, dtype="<u8"), [[0]], [(0, 4)], [(False, False)]))
+    put(work.unit(0), "train-00000.arrow", b"rows")
+    shard = {"file": "train-00000.arrow", "rows": 1, "tokens": 1, "bytes": 4, "sha256": "9" * 64}
+    counts = {"documents": 4, "rows": 3, "tokens": 9, "words": 5, "unknown_tokens": 0}
+    record = {"characters": 9, "dropped": {}, "repaired": {}, "row_lengths": [[3, 3]], "document_lengths": [[2, 4]], "open_documents": [], "splits": {"train": counts | {"shards": [shard]}}}
+    put(work.unit(0), "record.json", record)
+
+
+def go_on(folder):
+    work = WorkFolder(folder / ".corpus.work", folder / "corpus")
+    shutil.copytree(folder / ".corpus.work", folder / "kept")
+    try:
+        with redirect_stderr(StringIO()):
+            work.begin({"files": [["a.txt", 20, 3]], "settings": {"errors": "strict"}})
+            work.scan()
+            work.record(0)
+    finally:
+        shutil.rmtree(folder / ".corpus.work")
+        (folder / "kept").rename(folder / ".corpus.work")
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def vectors(binary, count=200, dimensions=12):
+    def make(folder):
+        folder.mkdir(exist_ok=True)
+        drawn = np.random.default_rng(0).standard_normal((count, dimensions), dtype=np.float32)
+        put(folder, "vectors.bin", vector_bytes([f"词{i}" for i in range(count)], drawn, binary))
+
+    return make
+
+
+def table(folder):
+    put(folder, "similar.txt", "# fastbert similar words, version 1: a test\n中国\t祖国\t国家\n人民\t群众\n北京\n")
+
+
+# -- checkpoints of training -------------------------------------------------------------------------------------------
+
+STATE = {
+    "step": 5, "update": 6, "window": {"losses": [1.5], "counts": {"label": 3, "sample": 2, "token": 40}}, "loss": 2.5,
+    "validation_loss": None, "loss_scale": {"scale": 2.0, "good": 1}, "spikes": {"recent": [[0.0] * 128] * 2, "count": 4},
+    "data": "0123", "global_batch": 8, "config": {"steps": 10, "seed": 1, "out": "run"}, "versions": {"torch": "2"},
+    "best": [2.5, "step-00000005"],
+}  # fmt: skip
+
+
+def trained():
+    torch.manual_seed(0)
+    found = torch.nn.Sequential(torch.nn.Linear(24, 16), torch.nn.Linear(16, 4))
+    optimizer = torch.optim.AdamW(found.parameters())
+    found(torch.ones(2, 24)).sum().backward()
+    optimizer.step()
+    return found, optimizer
+
+
+def training(folder):
+    state.save(folder, 5, lambda target: put(target, "config.json", "{}"), state.optimizer_tensors(*trained()), STATE)
+
+
+CHECKPOINT = state.name_of(5)
+LOG = [
+    {"event": "begin", "step": 0, "config": {"steps": 10, "out": "run"}, "launch": None},
+    *({"event": "train", "step": step, "loss": 2.5, "lr": 1e-3} for step in (1, 2, 3)),
+    {"event": "end", "step": 3},
+]
+
+
+def log(folder):
+    put(folder, "log.jsonl", "".join(json.dumps(record) + "\n" for record in LOG))
+
+
+def read_journal(folder):
+    whole = (folder / "log.jsonl").read_bytes() if (folder / "log.jsonl").is_file() else None
+    assert all(record["event"] == "begin" for record in read_log(folder, "begin"))
+    resume.begun_config(folder)
+    _forget_after(folder / "log.jsonl", 2)
+    if whole is not None:
+        (folder / "log.jsonl").write_bytes(whole)
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+RECIPE = {
+    "title": "A test", "paper": "x", "sources": ["a", "b"], "corpus": None, "begins": None, "unverified": ["c"],
+    "choices": ["d"], "text": {"level": "char", "vocab_size": 60, "words": "none"},
+    "settings": {"variant": "roformer", "objective": "mlm", "lr": 0.001, "betas": [0.9, 0.99], "mask_prob": 0.15, "model": {"hidden_size": 32}},
+    "phases": [{"name": "one", "max_length": 64, "steps": 10}, {"name": "two", "max_length": 128, "steps": 5}],
+    "demo": {"steps": 3},
+}  # fmt: skip
+OPTIONS = {
+    "files": ["a.txt"], "out": "run", "seed": 3, "lr": 0.001, "steps": 10, "model": {"hidden_size": 32}, "mask_actions": [0.8, 0.1, 0.1],
+    "betas": [0.9, 0.999], "resume": False, "device": "cpu", "threads": None, "schedule": "linear",
+}  # fmt: skip
+TUNING = {
+    "task": "classification", "train": ["a.csv"], "columns": {"text": "review"}, "model": "m", "max_length": 64,
+    "lr": 0.0001, "betas": [0.9, 0.999], "seeds": [0, 1], "epochs": 2,
+}  # fmt: skip
+
+
+def settings(file, values):
+    return lambda folder: put(folder, file, yaml.safe_dump(values, sort_keys=False))
+
+
+def options(*kinds):
+    return lambda folder: _settings(argparse.Namespace(config=folder / "options.yaml"), *kinds)
+
+
+# -- fine-tuning -------------------------------------------------------------------------------------------------------
+
+CSV = 'text,text_pair,label\n"好, very","b ""q""",yes\n坏,c,no\n"two\nlines",d,yes\n'
+OBJECTS = [{"text": "好", "label": "yes", "id": 1}, {"text": "坏", "text_pair": "x", "label": ["a", "b"]}, {"text": "c", "label": 1.5}]
+SQUAD = {"version": "1", "data": [{"title": "t", "paragraphs": [{"context": "北京是中国的首都", "qas": [{"id": "q1", "question": "哪里?", "answers": [{"text": "北京", "answer_start": 0}]}, {"id": "q2", "question": "谁?", "answers": {"text": ["中国"], "answer_start": [3]}}]}]}]}
+CONLL = "-DOCSTART- O\n\n中 B-LOC\n国 I-LOC\n。 O\n\n我 O\n"
+TAGGED = "19980101-01-001-001/m  [中国/ns 政府/n]nt  是/v\n好/a\n"
+
+
+def examples(task, suffix, content, **options):
+    def make(folder):
+        put(folder, f"rows{suffix}", content)
+
+    return Reader(
+        f"rows{suffix} {task}", f"rows{suffix}", {".jsonl": "lines", ".json": "json"}.get(suffix, "text"), make,
+        lambda folder: read_examples(folder / f"rows{suffix}", task, **options),
+    )  # fmt: skip
+
+
+def finetuned(folder):
+    model(folder)
+    vocabulary(folder)
+    put(folder, "finetune.json", {"task": "classification", "settings": {"labels": ["no", "yes"], "max_length": 32, "types": True, "problem_type": "single_label_classification"}})
+
+
+# -- other people's checkpoints ----------------------------------------------------------------------------------------
+
+
+def tensorflow(folder):
+    tensorflow_copy("roformer", folder)
+    shutil.copytree(folder / "roformer", folder / "model", dirs_exist_ok=True)
+    shutil.rmtree(folder / "roformer")
+    put(folder / "model", "vocab.txt", "".join(f"{token}\n" for token in TENSORFLOW_VOCAB))
+
+
+def read_tensorflow(folder):
+    found = TensorflowCheckpoint(folder / "model")
+    for name in found.entries:
+        found.read(name)
+
+
+def block_checksums(folder, whole):
+    """Every block of the index that is still whole gets the checksum of its bytes."""
+    path = folder / "model/model.ckpt.index"
+    data = bytearray(path.read_bytes())
+    end = len(whole) - 48
+    for begin, size in _blocks(whole):
+        if begin + size + 5 <= min(end, len(data)):
+            found = _masked(crc32c(np.frombuffer(bytes(data[begin : begin + size + 1]), np.uint8)))
+            data[begin + size + 1 : begin + size + 5] = struct.pack("<I", found)
+    path.write_bytes(data)
+
+
+def _blocks(whole):
+    from fastbert.tensorflow_checkpoint import _block
+    from fastbert.wire import varint
+
+    footer, numbers, at = whole[-48:], [], 0
+    for _ in range(4):
+        number, at = varint(footer, at)
+        numbers.append(number)
+    yield numbers[2], numbers[3]
+    for _, handle in _block(whole, *numbers[2:]):
+        offset, at = varint(handle, 0)
+        yield offset, varint(handle, at)[0]
+
+
+def convert(function, source):
+    def read(folder):
+        out = folder / "out"
+        try:
+            function(folder / source, out)
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+        assert not [path for path in folder.iterdir() if path.name.startswith(".out")]
+
+    return read
+
+
+def fairseq(folder):
+    write(folder / "model", roberta())
+    write_vocabulary(folder / "model")
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+ROW = {"op": "gelu", "provider": "fastbert", "shape": {"N": 3}, "status": "measured", "device": "x", "commit": "y", "date": "z", "p50_us": 1.5}
+INDEX = "model.safetensors.index.json"
+_VOCAB = only(vocabulary, "added_tokens.json")
+
+READERS = [
+    Reader("config", "config.json", "json", model, lambda f: fastbert.EncoderConfig.from_json_file(f / "config.json")),
+    Reader("config of a model", "config.json", "json", model, load_model),
+    Reader("safetensors", "model.safetensors", "bytes", model, load_model),
+    Reader("safetensors header", "model.safetensors", "json", header, load_model, with_data),
+    Reader("large safetensors", "model.safetensors", "bytes", large, lambda f: read_safetensors(f / "model.safetensors")),
+    Reader("index", INDEX, "json", sharded, load_model),
+    Reader("weights of an index", "one.safetensors", "bytes", sharded, load_model),
+    Reader("bin", "pytorch_model.bin", "bytes", pickled(), load_model),
+    Reader("old bin", "pytorch_model.bin", "bytes", pickled(_use_new_zipfile_serialization=False), load_model),
+    Reader("large bin", "pytorch_model.bin", "bytes", large_bin, lambda f: read_bin(f / "pytorch_model.bin")),
+    Reader("vocab.txt", "vocab.txt", "text", vocabulary, load_tokenizer),
+    Reader("tokenizer_config.json", "tokenizer_config.json", "json", vocabulary, load_tokenizer),
+    Reader("added_tokens.json", "added_tokens.json", "json", vocabulary, load_tokenizer),
+    *(Reader(f"tokenizer.json {level}", "tokenizer.json", "json", tokenizer(level), load_tokenizer) for level in ("char", "word", "bpe", "unigram")),
+    Reader("vocab.json", "vocab.json", "json", only(tokenizer("bpe"), "tokenizer.json"), load_tokenizer),
+    Reader("merges.txt", "merges.txt", "text", only(tokenizer("bpe"), "tokenizer.json"), load_tokenizer),
+    Reader("spiece", "spiece.model", "bytes", only(tokenizer("unigram"), "tokenizer.json"), load_tokenizer),
+    Reader("manifest", "corpus/manifest.json", "json", corpus, open_corpus),
+    Reader("shard", "corpus/train-00000.arrow", "bytes", corpus, open_corpus, stated_size),
+    Reader("long shard", "corpus/train-00000.arrow", "bytes", long_corpus, open_corpus, stated_size),
+    Reader("verified shard", "corpus/train-00000.arrow", "bytes", corpus, verify_corpus),
+    *(Reader(f"work {name}", f".corpus.work/{name}", kind, work_folder, go_on, silent=True) for name, kind in (("plan.json", "json"), ("scan.json", "json"), ("hashes.npy", "bytes"), ("unit-00000/record.json", "json"))),
+    Reader("text", "rows.txt", "text", lambda f: put(f, "rows.txt", TEXT), lambda f: list(read_rows(as_paths(f / "rows.txt")))),
+    Reader("word list", "words.txt", "text", lambda f: put(f, "words.txt", "北京\n人民\n"), lambda f: _listed(f / "words.txt")),
+    Reader("text vectors", "vectors.bin", "text", vectors(False), lambda f: SimilarWords.from_vectors(f / "vectors.bin", progress=False)),
+    Reader("vectors", "vectors.bin", "bytes", vectors(True), lambda f: SimilarWords.from_vectors(f / "vectors.bin", progress=False)),
+    Reader("large vectors", "vectors.bin", "bytes", vectors(True, 500, 1000), lambda f: read_vectors(f / "vectors.bin", progress=False)),
+    Reader("similar words", "similar.txt", "text", table, lambda f: SimilarWords.read(f / "similar.txt")),
+    Reader("cilin", "cilin.txt", "text", lambda f: put(f, "cilin.txt", CILIN), lambda f: SimilarWords.from_cilin(f / "cilin.txt", progress=False)),
+    Reader("checkpoint manifest", f"{CHECKPOINT}/manifest.json", "json", training, lambda f: state.verify(f / CHECKPOINT)),
+    Reader("checkpoint state", f"{CHECKPOINT}/state.json", "json", training, lambda f: resume.read_state(f / CHECKPOINT)),
+    Reader("moments", f"{CHECKPOINT}/optimizer.safetensors", "bytes", training, lambda f: state.load_optimizer(*trained(), f / CHECKPOINT)),
+    Reader("log", "log.jsonl", "lines", log, read_journal, silent=True),
+    Reader("recipe", "recipe.yaml", "yaml", settings("recipe.yaml", RECIPE), lambda f: Recipe.load(str(f / "recipe.yaml"))),
+    Reader("pretrain options", "options.yaml", "yaml", settings("options.yaml", OPTIONS), options(RecipeOptions, PretrainConfig)),
+    Reader("finetune options", "options.yaml", "yaml", settings("options.yaml", TUNING), options(DemoOptions, FinetuneConfig)),
+    examples("classification", ".csv", CSV),
+    examples("classification", ".tsv", CSV.replace(",", "\t").replace('"', "").replace("two\nlines", "two lines")),
+    examples("classification", ".jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in OBJECTS)),
+    examples("classification", ".json", OBJECTS),
+    examples("classification", ".txt", TEXT, labelled=None),
+    examples("qa", ".json", SQUAD),
+    examples("tagging", ".conll", CONLL),
+    examples("tagging", ".tagged", TAGGED, format="tagged"),
+    Reader("finetune.json", "finetune.json", "json", finetuned, read_task),
+    Reader("tensorflow index", "model/model.ckpt.index", "bytes", tensorflow, read_tensorflow),
+    Reader("sealed tensorflow index", "model/model.ckpt.index", "bytes", tensorflow, read_tensorflow, block_checksums),
+    Reader("tensorflow data", "model/model.ckpt.data-00000-of-00001", "bytes", tensorflow, read_tensorflow),
+    Reader("tensorflow config", "model/bert_config.json", "json", tensorflow, convert(from_tensorflow, "model")),
+    Reader("tensorflow vocabulary", "model/vocab.txt", "text", tensorflow, convert(from_tensorflow, "model")),
+    Reader("fairseq", "model/model.pt", "bytes", fairseq, convert(from_fairseq, "model")),
+    Reader("fairseq dictionary", "model/dict.txt", "text", fairseq, convert(from_fairseq, "model")),
+    Reader("fairseq pairs", "model/encoder.json", "json", fairseq, convert(from_fairseq, "model")),
+    Reader("fairseq merges", "model/vocab.bpe", "text", fairseq, convert(from_fairseq, "model")),
+    Reader("rows of measurements", "x.jsonl", "lines", lambda f: put(f, "x.jsonl", (json.dumps(ROW) + "\n") * 3), lambda f: list(rows.read(f))),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.parametrize("reader", READERS, ids=[reader.name for reader in READERS])
+def test_a_result_or_an_error_that_names_the_place(tmp_path, reader, record_property):
+    folder = tmp_path / "files"
+    reader.make(folder)
+    path = folder / reader.file
+    whole, found = path.read_bytes(), Counter()
+    around = {other: other.read_bytes() for other in folder.rglob("*") if other.is_file() and other != path} if reader.seal else {}
+    if reader.seal:
+        reader.seal(folder, whole)
+    reader.read(folder)
+    first = int(FIRST) if FIRST else time.time_ns() % 10**9 if COUNT else 0
+    print(f"{reader.name}: seeds from {first} on")
+    for seed in range(first, first + int(COUNT or DEFAULT)):
+        draw = random.Random(f"{reader.name}:{seed}")
+        mutation = mutate(whole, reader.kind, draw)
+        _place(path, mutation.data)
+        for other, content in around.items():
+            other.write_bytes(content)
+        if reader.seal and mutation.data is not None:
+            reader.seal(folder, whole)
+        found[_verdict(reader, folder, path, mutation, f"{reader.name}:{seed}: {mutation.name}")] += 1
+        assert path.is_dir() or not path.exists() or mutation.data is not None
+    print(f"{reader.name}: {sum(found.values())} mutations, {dict(found)}")
+    record_property("mutations", dict(found))
+    refused = sum(found.values()) - found["accepted"]
+    assert reader.silent or refused >= 0.2 * sum(found.values()), found
+
+
+def _place(path, data):
+    if path.is_dir():
+        path.rmdir()
+    if data is None:
+        path.unlink(missing_ok=True)
+        path.mkdir()
+    else:
+        path.write_bytes(data)
+
+
+def _verdict(reader, folder, path, mutation, label):
+    size = len(mutation.data or b"")
+    resident = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    tracemalloc.start()
+    begin, verdict = time.process_time(), "accepted"
+    try:
+        reader.read(folder)
+    except FastBertError as error:
+        verdict = type(error).__name__
+        said = str(error)
+    except BaseException as error:
+        raise AssertionError(f"{label}: {type(error).__name__}: {str(error)[:300]}") from error
+    finally:
+        seconds, (_, peak) = time.process_time() - begin, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    grown = _resident("VmHWM") - resident
+    assert seconds <= SECONDS, f"{label}: {seconds:.2f} s"
+    assert peak <= 2 * size + SPARE, f"{label}: {peak:,} bytes of memory for a file of {size:,}"
+    assert grown <= 2 * size + SPARE_RESIDENT, f"{label}: {grown:,} bytes more resident for a file of {size:,}"
+    if verdict != "accepted":
+        assert path.name in said or str(folder) in said and reader.file in said, f"{label}: the file is not named: {said[:300]}"
+        assert mutation.field is None or mutation.field in said, f"{label}: the field is not named: {said[:300]}"
+        assert len(said) < 2000, f"{label}: a message of {len(said)} characters: {said[:100]}"
+    return verdict
+
+
+def _resident(kind):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{kind}:"))
+    return int(line.split()[1]) * 1024
