@@ -2,7 +2,6 @@
 through `weights_only`, which builds tensors and refuses all else before any of it runs.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastbert.errors import CheckpointError, MissingFileError
+from fastbert.errors import CheckpointError, MissingFileError, shown
+from fastbert.files import is_plain_name, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LEGACY, LEGACY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -25,18 +25,18 @@ def read_tensors(folder) -> dict[str, Tensor]:
     or no file that the index names. `CheckpointError`: a file is damaged, holds something else than tensors or would
     run code; the index names a file outside the folder, or it and the files disagree.
     """
-    folder = Path(folder)
-    if (folder / WEIGHTS).is_file():
-        return read_safetensors(folder / WEIGHTS)
-    if (folder / INDEX).is_file():
-        return _read_shards(folder / INDEX, read_safetensors)
-    if (folder / LEGACY).is_file():
-        return read_bin(folder / LEGACY)
-    if (folder / LEGACY_INDEX).is_file():
-        return _read_shards(folder / LEGACY_INDEX, read_bin)
-    raise MissingFileError(
-        f"model folder {folder} has no weights; expected {WEIGHTS}, {INDEX}, {LEGACY} or {LEGACY_INDEX}"
-    )
+    path = weights_file(folder)
+    read = read_safetensors if path.name in (WEIGHTS, INDEX) else read_bin
+    return _read_shards(path, read) if path.name in (INDEX, LEGACY_INDEX) else read(path)
+
+
+def weights_file(folder) -> Path:
+    """The file of a model folder that is read first: the weights, or their index."""
+    names = (WEIGHTS, INDEX, LEGACY, LEGACY_INDEX)
+    found = next((Path(folder) / name for name in names if (Path(folder) / name).is_file()), None)
+    if found is None:
+        raise MissingFileError(f"model folder {folder} has no weights; expected {', '.join(names)}")
+    return found
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -84,8 +84,8 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
     tensors, owner = {}, {}
     for name in sorted(set(files.values())):
         path = index.parent / name
-        if Path(name).name != name or name in (".", ".."):
-            raise CheckpointError(f"index file {index} names the file {name!r}; expected one in its own folder")
+        if not is_plain_name(name):
+            raise CheckpointError(f"index file {index} names the file {shown(name)}; expected one in its own folder")
         if not path.is_file():
             raise MissingFileError(f"weights file {path}, named in {index.name}, does not exist in the model folder")
         for tensor_name, tensor in read(path).items():
@@ -104,12 +104,9 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
 
 
 def _files(index: Path) -> dict[str, str]:
-    try:
-        files = json.loads(index.read_bytes())["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"index file {index} is not a JSON object with a weight_map: {error}") from None
+    files = read_json(index, CheckpointError).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise CheckpointError(f"index file {index} has the weight_map {str(files)[:80]}; expected files by tensor")
+        raise CheckpointError(f"index file {index} has the weight_map {shown(files)}; expected files by tensor")
     return files
 
 

@@ -11,6 +11,7 @@ import yaml
 
 DEEP = 100_000  # nested lists
 LONG = 200_000  # characters of a very long line
+MANY = 20_000  # characters of very many lines or words
 
 
 class Mutation(NamedTuple):
@@ -95,12 +96,21 @@ def _one_byte_over(data, rng):
 
 def _number_over(data, rng):
     at, size = _place(data, rng), rng.choice([1, 2, 4, 8])
-    number = rng.choice([0, 1, -1, 1 << 8 * size - 1, (1 << 8 * size - 1) - 1, 1 << 4 * size, rng.getrandbits(8 * size)])
+    number = rng.choice(
+        [0, 1, -1, 1 << 8 * size - 1, (1 << 8 * size - 1) - 1, 1 << 4 * size, rng.getrandbits(8 * size)]
+    )
     return data[:at] + (number % (1 << 8 * size)).to_bytes(size, rng.choice(["little", "big"])) + data[at + size :]
 
 
 def _other_file(data, rng):
-    heads = [b"PK\x03\x04", b"\x1f\x8b\x08\x00", b"\x80\x02}q\x00.", b"\x93NUMPY\x01\x00", b"ARROW1\0\0", b"\x89HDF\r\n\x1a\n"]
+    heads = [
+        b"PK\x03\x04",
+        b"\x1f\x8b\x08\x00",
+        b"\x80\x02}q\x00.",
+        b"\x93NUMPY\x01\x00",
+        b"ARROW1\0\0",
+        b"\x89HDF\r\n\x1a\n",
+    ]
     return rng.choice(heads) + (data if rng.random() < 0.5 else rng.randbytes(300))
 
 
@@ -118,8 +128,31 @@ _OF_BYTES = [
 
 _NUMBER = re.compile(rb"-?\d+(\.\d+)?([eE][-+]?\d+)?")
 _NUMBERS = [
-    *(b"0", b"-1", b"1", b"1e999", b"-1e999", b"1e400", b"nan", b"NaN", b"inf", b"-Infinity", b"0x10", b"1_000", b"1.5"),
-    *(b"", b"007", b"4294967296", b"9223372036854775808", b"-9223372036854775809", b"9" * 400, b"9" * 5000, "１２".encode()),
+    *(
+        b"0",
+        b"-1",
+        b"1",
+        b"1e999",
+        b"-1e999",
+        b"1e400",
+        b"nan",
+        b"NaN",
+        b"inf",
+        b"-Infinity",
+        b"0x10",
+        b"1_000",
+        b"1.5",
+    ),
+    *(
+        b"",
+        b"007",
+        b"4294967296",
+        b"9223372036854775808",
+        b"-9223372036854775809",
+        b"9" * 400,
+        b"9" * 5000,
+        "１２".encode(),
+    ),
 ]
 
 
@@ -138,19 +171,47 @@ def _other_encoding(data, rng):
 def _inserted_character(data, rng):
     text, at = data.decode(errors="replace"), rng.random()
     at = int(at * len(text))
-    odd = ["\0", "\x1a", "\x1b[2J", "\x85", "\u2028", "\u200b", "\ufeff", "\xa0", "\t", "\n", '"', "'", "\\", "{", "]", "/"]
+    odd = [
+        "\0",
+        "\x1a",
+        "\x1b[2J",
+        "\x85",
+        "\u2028",
+        "\u200b",
+        "\ufeff",
+        "\xa0",
+        "\t",
+        "\n",
+        '"',
+        "'",
+        "\\",
+        "{",
+        "]",
+        "/",
+    ]
     inserted = rng.choice([*odd, "\udcff", "\ud83d"])
     return (text[:at] + inserted + text[at:]).encode(errors="surrogatepass")
 
 
 def _invalid_utf8(data, rng):
     at = _place(data, rng)
-    return data[:at] + rng.choice([b"\xff", b"\xc0\x80", b"\xe4\xb8", b"\xf8\x88\x80\x80\x80", b"\xed\xa0\x80"]) + data[at:]
+    return (
+        data[:at]
+        + rng.choice([b"\xff", b"\xc0\x80", b"\xe4\xb8", b"\xf8\x88\x80\x80\x80", b"\xed\xa0\x80"])
+        + data[at:]
+    )
 
 
 def _long_line(data, rng):
     at = _place(data, rng)
-    return data[:at] + rng.choice([b"a", b" ", b"\t", b"a ", b"1", b"-", "中".encode(), b"a/", b'"', b"a,"]) * LONG + data[at:]
+    return data[:at] + rng.choice([b"a", b"1", b"-", b"\0", "中".encode(), b'"']) * LONG + data[at:]
+
+
+def _many_words(data, rng):
+    at = _place(data, rng)
+    return (
+        data[:at] + rng.choice([b" ", b"\t", b"a ", b"a/", b"a,", b"a\t", b",", b"[", b"1 "]) * (MANY // 2) + data[at:]
+    )
 
 
 def _exchanged_number(data, rng):
@@ -179,11 +240,12 @@ def _moved_lines(data, rng):
 def _very_many_lines(data, rng):
     lines = data.splitlines(keepends=True) or [b""]
     line = rng.choice(lines)
-    return data + line * min(2000, 1 + LONG // max(1, len(line)))
+    return data + line * (1 + MANY // max(1, len(line)))
 
 
 _OF_TEXT = [
     *(_byte_order_mark, _windows_line_ends, _other_encoding, _inserted_character, _invalid_utf8, _long_line),
+    _many_words,
     *(_exchanged_number, _moved_lines, _very_many_lines),
 ]
 
@@ -192,28 +254,92 @@ _OF_TEXT = [
 
 # What is put in the place of a value, as text. Python's modules cannot write all of it.
 _OF_JSON = [
-    *("null", "true", "0", "-1", "1.5", "1e308", "1e999", "NaN", "-Infinity", "1" + "0" * 30, "9" * 5000, "-" + "9" * 25),
-    *('""', '"x"', '"-1"', '"../x"', '"/x"', '"\\ud800"', '"\\u0000"', '"' + "x" * LONG + '"', '" "', '"\\n"', '"."', '".."'),
+    *("null", "true", "0", "-1", "1.5", "1e308", "1e999", "NaN", "-Infinity", "1" + "0" * 30, "-" + "9" * 25),
+    *('""', '"x"', '"-1"', '"../x"', '"/x"', '"\\u0000"', '"' + "x" * LONG + '"', '" "', '"\\n"', '"."', '".."'),
     *("[]", "{}", "[[]]", "[null]", '["x", "x"]', "[1, 2]", '{"": 1}', '{"x": {"x": [1]}}', "[" * 50 + "]" * 50),
-    "[" + "0, " * 20_000 + "0]",
+    "[" + "0, " * 2000 + "0]",
 ]
-_BEYOND_JSON = ["[" * DEEP + "]" * DEEP, '{"x":' * DEEP + "1" + "}" * DEEP, "undefined", "'x'", "[1,]", "01", "{1: 2}"]
+_BEYOND_JSON = [
+    "[" * DEEP + "]" * DEEP,
+    '{"x":' * DEEP + "1" + "}" * DEEP,
+    "9" * 5000,
+    '"\\ud800"',
+    "undefined",
+    "'x'",
+    "[1,]",
+    "01",
+    "{1: 2}",
+]
 _OF_YAML = [
-    *("null", "yes", "0", "-1", "1.5", "1e308", ".nan", "-.inf", "1" + "0" * 30, "''", "x", "' '", "'1'", "[]", "{}", "[[]]"),
+    *(
+        "null",
+        "yes",
+        "0",
+        "-1",
+        "1.5",
+        "1e308",
+        ".nan",
+        "-.inf",
+        "1" + "0" * 30,
+        "''",
+        "x",
+        "' '",
+        "'1'",
+        "[]",
+        "{}",
+        "[[]]",
+    ),
     *("[null]", "[x, x]", "{x: 1}", "{1: 2}", "2020-02-02", "!!binary eHg=", "!!set {x}", "'\\0'", "12:30:00", "0o17"),
-    *("'../x'", "/x", '"\\uD800"', '"\\0"', "[" * 50 + "]" * 50, "x" * 20_000),
+    *("'../x'", "/x", '"\\uD800"', '"\\0"', "[" * 50 + "]" * 50, "x" * MANY),
 ]
 _BEYOND_YAML = [
-    *("[" * DEEP, "9" * 5000, "0b_", "._", "2020-99-99", "!!int x", "!!float x", "!!timestamp x", "!!python/none ''", "!x y"),
-    *("*nothing", "@", "`", "%", "\t- x", "!!python/object/apply:os.getcwd []", "[a, b", "{a: b", "'", '"\\z"', "!!omap [x]"),
-    "[&a [1], " + ", ".join(f"&{b} [*{a}, *{a}, *{a}]" for a, b in zip("abcdefghijklmnopqrstuvw", "bcdefghijklmnopqrstuvwx")) + "]",
-    *("&a [*a]", "{<<: 3}", "{<<: [1]}", "{? [1] : 2}", "{? {} : 2}", "!!map [1]", "!!seq {}", "!!pairs [1]", "!!null x"),
+    *(
+        "[" * DEEP,
+        "9" * 5000,
+        "0b_",
+        "._",
+        "2020-99-99",
+        "!!int x",
+        "!!float x",
+        "!!timestamp x",
+        "!!python/none ''",
+        "!x y",
+    ),
+    *(
+        "*nothing",
+        "@",
+        "`",
+        "%",
+        "\t- x",
+        "!!python/object/apply:os.getcwd []",
+        "[a, b",
+        "{a: b",
+        "'",
+        '"\\z"',
+        "!!omap [x]",
+    ),
+    "[&a [1], "
+    + ", ".join(f"&{b} [*{a}, *{a}, *{a}]" for a, b in zip("abcdefghijklmnopqrstuvw", "bcdefghijklmnopqrstuvwx"))
+    + "]",
+    *(
+        "&a [*a]",
+        "{<<: 3}",
+        "{<<: [1]}",
+        "{? [1] : 2}",
+        "{? {} : 2}",
+        "!!map [1]",
+        "!!seq {}",
+        "!!pairs [1]",
+        "!!null x",
+    ),
 ]
 _HOLE = "the hole of a value"
 
 
 def _changed_json(data: bytes, rng: random.Random) -> Mutation:
-    return _changed(json.loads(data), rng, lambda content: json.dumps(content, ensure_ascii=False), _OF_JSON, _BEYOND_JSON)
+    return _changed(
+        json.loads(data), rng, lambda content: json.dumps(content, ensure_ascii=False), _OF_JSON, _BEYOND_JSON
+    )
 
 
 def _changed_yaml(data: bytes, rng: random.Random) -> Mutation:
@@ -269,7 +395,11 @@ def _drawn(rng: random.Random, values: list[str], beyond: list[str]) -> tuple[st
 def _path(content, rng: random.Random) -> list:
     """The way to a value: of a large tree the upper ones are as likely as all below them."""
     path = []
-    while isinstance(content, dict | list) and content and (not path and rng.random() < 0.97 or path and rng.random() < 0.7):
+    while (
+        isinstance(content, dict | list)
+        and content
+        and (not path and rng.random() < 0.97 or path and rng.random() < 0.7)
+    ):
         key = rng.choice(list(content)) if isinstance(content, dict) else rng.randrange(len(content))
         path.append(key)
         content = content[key]

@@ -289,7 +289,7 @@ def test_what_is_too_deep_or_too_large_is_an_error(tmp_path):
     """Nesting beyond the parser, and sizes that nothing can hold, before anything is built."""
     deep = tmp_path / "config.json"
     deep.write_text("[" * 100_000)
-    with pytest.raises(ConfigError, match="config.json is not valid JSON"):
+    with pytest.raises(ConfigError, match="config.json: not valid JSON"):
         fastbert.EncoderConfig.from_json_file(deep)
     with pytest.raises(FastBertError, match="config.json"):
         fastbert.from_pretrained(tmp_path)

@@ -374,7 +374,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path):
     """So that it can be repeated; and the error names the file that is wrong, not its copy."""
     folder = copy("bert", tmp_path)
     (folder / "vocab.txt").write_bytes("[PAD]\n中国\n".encode("gb18030"))
-    with pytest.raises(DataError, match="bert/vocab.txt is not UTF-8"):
+    with pytest.raises(DataError, match="bert/vocab.txt: invalid UTF-8"):
         from_tensorflow(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in VOCAB), encoding="utf-8")

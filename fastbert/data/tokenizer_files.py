@@ -17,7 +17,8 @@ from fastbert.data.backends import (
     unigram_backend,
 )
 from fastbert.data.spiece import read_spiece
-from fastbert.errors import DataError, MissingFileError
+from fastbert.errors import DataError, MissingFileError, shown
+from fastbert.files import read_json, read_text
 
 _CONFIG, _FULL = "tokenizer_config.json", "tokenizer.json"
 # What a tokenizer.json may consist of, by its model: normaliser and pre-tokenizer.
@@ -57,12 +58,12 @@ def read_added_tokens(folder: Path) -> Iterator[tuple[Path, dict[str, int]]]:
     """The files that name tokens added to a vocabulary, and these with their ids."""
     path = folder / "added_tokens.json"
     if path.exists():
-        yield path, _read_json(path)
+        yield path, read_json(path, DataError)
     path, added = folder / _CONFIG, _read_config(folder).get("added_tokens_decoder", {})
     try:
         tokens = {token["content"]: int(index) for index, token in added.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: added_tokens_decoder is {added!r}, expected tokens by their ids") from error
+        raise DataError(f"{path}: added_tokens_decoder is {shown(added)}, expected tokens by their ids") from error
     yield path, tokens
 
 
@@ -118,7 +119,7 @@ def _source(folder: Path) -> tuple[Path, str, Callable]:
 def _class_name(folder: Path) -> str | None:
     """The tokenizer class that the folder names, in either of its configs, as transformers looks for it."""
     path = folder / "config.json"
-    model = _read_json(path) if path.exists() else {}
+    model = read_json(path, DataError) if path.exists() else {}
     name = _read_config(folder).get("tokenizer_class") or model.get("tokenizer_class")
     if name is None and model.get("model_type") == "roformer":
         return "RoFormerTokenizer"
@@ -127,7 +128,7 @@ def _class_name(folder: Path) -> str | None:
 
 def _read_config(folder: Path) -> dict:
     path = folder / _CONFIG
-    return _read_json(path) if path.exists() else {}
+    return read_json(path, DataError) if path.exists() else {}
 
 
 def _names(path: Path, config: dict, level: str) -> dict[str, str]:
@@ -136,7 +137,7 @@ def _names(path: Path, config: dict, level: str) -> dict[str, str]:
         token = config.get(role, SPECIAL_TOKENS[level][role])
         names[role] = token.get("content") if isinstance(token, dict) else token
         if not isinstance(names[role], str):
-            raise DataError(f"{path}: {role} is {token!r}, expected a string")
+            raise DataError(f"{path}: {role} is {shown(token)}, expected a string")
     return names
 
 
@@ -157,7 +158,7 @@ def _options(path: Path, config: dict, model: str) -> dict:
     for field, option in _OPTIONS[model].items():
         if field in config:
             if not (isinstance(config[field], bool) or field == "strip_accents" and config[field] is None):
-                raise DataError(f"{path}: {field} is {config[field]!r}, expected true or false")
+                raise DataError(f"{path}: {field} is {shown(config[field])}, expected true or false")
             options[option] = config[field]
     return options
 
@@ -167,7 +168,7 @@ def _from_vocab(path: Path, names: dict[str, str], options: dict) -> tokenizers.
 
 
 def _from_merges(path: Path, names: dict[str, str], options: dict) -> tokenizers.Tokenizer:
-    vocab, lines = _read_json(path), _read_lines(path.with_name("merges.txt"))
+    vocab, lines = read_json(path, DataError), _read_lines(path.with_name("merges.txt"))
     merges = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version") :] if line]
     if bad := next((merge for merge in merges if len(merge) != 2), None):
         raise DataError(f"{path.with_name('merges.txt')}: {' '.join(bad)!r} is no merge, expected two pieces")
@@ -199,7 +200,7 @@ def _from_bpe(path: Path, names: dict[str, str], options: dict) -> tokenizers.To
     model, bytes_of = config["model"], config["pre_tokenizer"]
     for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"):
         if model.get(field):
-            raise DataError(f"{path}: {field} of the model is {model[field]!r}, expected none")
+            raise DataError(f"{path}: {field} of the model is {shown(model[field])}, expected none")
     if not bytes_of.get("use_regex", True):
         raise DataError(f"{path}: use_regex of the pre_tokenizer is false, expected true")
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
@@ -224,7 +225,7 @@ def _from_unigram(path: Path, names: dict[str, str], options: dict) -> tokenizer
     usual = json.loads(unigram_backend([("", 0.0)], unk_id=0).to_str())["normalizer"]["normalizers"]
     for step in config["normalizer"]["normalizers"]:
         if step not in usual and step["type"] != "Precompiled":
-            raise DataError(f"{path}: the normalizer has the step {step!r}, which ALBERT's has not")
+            raise DataError(f"{path}: the normalizer has the step {shown(step)}, which ALBERT's has not")
     return restore(json.dumps(rebuilt | {"added_tokens": config.get("added_tokens", [])}))
 
 
@@ -240,7 +241,7 @@ def _unigram_options(normalizer: dict) -> dict:
 
 def _check_unknown(path: Path, pieces: list[tuple[str, float]], unk_id: int, names: dict[str, str]) -> None:
     if not isinstance(unk_id, int) or not 0 <= unk_id < len(pieces) or pieces[unk_id][0] != names["unk_token"]:
-        raise DataError(f"{path}: unk_id is {unk_id!r}, expected the id of unk_token {names['unk_token']!r}")
+        raise DataError(f"{path}: unk_id is {shown(unk_id)}, expected the id of unk_token {names['unk_token']!r}")
 
 
 def _parts(path: Path) -> dict:
@@ -253,7 +254,7 @@ def _parts(path: Path) -> dict:
             kind = [one.get("type") for one in value["pretokenizers"]]
         if kind != expected:
             raise DataError(
-                f"{path}: the {part} is {kind!r}, expected {expected!r}: only tokenizers of BERT, RoBERTa, ALBERT and "
+                f"{path}: the {part} is {shown(kind)}, expected {expected!r}: only tokenizers of BERT, RoBERTa, ALBERT and "
                 "RoFormer are supported"
             )
     return config
@@ -261,7 +262,7 @@ def _parts(path: Path) -> dict:
 
 def _read_full(path: Path) -> dict:
     """The content of a tokenizer.json with a model of a known type; files of 2020 leave the type to be guessed."""
-    config = _read_json(path)
+    config = read_json(path, DataError)
     model = config.get("model")
     if isinstance(model, dict) and "type" not in model:
         vocab = model.get("vocab")
@@ -269,25 +270,12 @@ def _read_full(path: Path) -> dict:
         config["model"] = model = {"type": guessed, **model}
     kind = model.get("type") if isinstance(model, dict) else model
     if kind not in tuple(_PARTS):
-        raise DataError(f"{path}: the model is {kind!r}, expected one of {', '.join(map(repr, _PARTS))}")
+        raise DataError(f"{path}: the model is {shown(kind)}, expected one of {', '.join(map(repr, _PARTS))}")
     return config
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds a JSON {type(content).__name__}, expected an object")
-    return content
-
-
 def _read_lines(path: Path) -> list[str]:
-    try:
-        return path.read_bytes().decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: invalid UTF-8 at byte offset {error.start}") from error
+    return read_text(path, DataError).replace("\r\n", "\n").removesuffix("\n").split("\n")
 
 
 def _read_vocab(path: Path) -> dict[str, int]:

@@ -93,10 +93,10 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     kinds = {entry.name: entry for entry in fields(Recipe) if entry.name != "name"}
     for key, value in values.items():
         if key not in (*kinds, "extends"):
-            raise ConfigError(f"recipe {path}: unknown key {key!r}{nearest(str(key), [*kinds, 'extends'])}")
+            raise ConfigError(f"recipe {path}: unknown key {shown(key)}{nearest(key, [*kinds, 'extends'])}")
         expected = _KINDS.get(key, list if key in _LISTS else str)
         if not isinstance(value, expected) and not (value is None and key in ("paper", "corpus", "begins")):
-            raise ConfigError(f"recipe {path}: {key} is {value!r}, expected a {expected.__name__}")
+            raise ConfigError(f"recipe {path}: {key} is {shown(value)}, expected a {expected.__name__}")
     base = values.pop("extends", None)
     if base is not None:
         beside = path.parent / f"{base}.yaml"
