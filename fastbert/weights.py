@@ -105,8 +105,11 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
 
 def _files(index: Path) -> dict[str, str]:
     files = read_json(index, CheckpointError).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+    if not isinstance(files, dict):
         raise CheckpointError(f"index file {index} has the weight_map {shown(files)}; expected files by tensor")
+    for tensor, name in files.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"index file {index} has {shown(name)} for the tensor {tensor}; expected a file name")
     return files
 
 

@@ -9,18 +9,18 @@ from typing import NamedTuple
 
 import yaml
 
-DEEP = 100_000  # nested lists
-LONG = 200_000  # characters of a very long line
+DEEP = 20_000  # nested lists
+LONG = 100_000  # characters of a very long line
 MANY = 20_000  # characters of very many lines or words
 
 
 class Mutation(NamedTuple):
-    """A mutated file. data: its content, None where a folder stands in its place; field: whose value was changed, where
-    the file is still one of that format."""
+    """A mutated file. data: its content, None where a folder stands in its place; fields: of a value that was changed in
+    a file that is still one of its format, the key and the one above it."""
 
     name: str
     data: bytes | None
-    field: str | None = None
+    fields: tuple[str, ...] = ()
 
 
 def mutate(data: bytes, kind: str, rng: random.Random) -> Mutation:
@@ -204,7 +204,7 @@ def _invalid_utf8(data, rng):
 
 def _long_line(data, rng):
     at = _place(data, rng)
-    return data[:at] + rng.choice([b"a", b"1", b"-", b"\0", "中".encode(), b'"']) * LONG + data[at:]
+    return data[:at] + (rng.choice([b"a", b"1", b"-", b"\0", "中".encode(), "👍".encode(), b'"']) * LONG)[:LONG] + data[at:]
 
 
 def _many_words(data, rng):
@@ -350,8 +350,8 @@ def _changed_yaml(data: bytes, rng: random.Random) -> Mutation:
 def _changed_line(data: bytes, rng: random.Random) -> Mutation:
     lines = data.splitlines(keepends=True)
     at = rng.randrange(len(lines))
-    name, line, field = _changed_json(lines[at], rng)
-    return Mutation(name, b"".join([*lines[:at], line + b"\n", *lines[at + 1 :]]), field)
+    name, line, fields = _changed_json(lines[at], rng)
+    return Mutation(name, b"".join([*lines[:at], line + b"\n", *lines[at + 1 :]]), fields)
 
 
 _VALUES = {"json": _changed_json, "lines": _changed_line, "yaml": _changed_yaml}
@@ -360,7 +360,7 @@ _VALUES = {"json": _changed_json, "lines": _changed_line, "yaml": _changed_yaml}
 def _changed(content, rng: random.Random, dump, values: list[str], beyond: list[str]) -> Mutation:
     """The text of a tree with one value replaced, removed, renamed, or given twice."""
     path = _path(content, rng)
-    field = next((key for key in reversed(path) if isinstance(key, str)), None)
+    fields = tuple(key for key in path if isinstance(key, str))[-2:]
     where = ".".join(map(str, path)) or "everything"
     if not path:
         text, is_one = _drawn(rng, values, beyond)
@@ -371,7 +371,7 @@ def _changed(content, rng: random.Random, dump, values: list[str], beyond: list[
     change = rng.random()
     if change < 0.1:
         del parent[path[-1]]
-        return Mutation(f"{where} removed", dump(content).encode(), field)
+        return Mutation(f"{where} removed", dump(content).encode())
     if change < 0.16 and isinstance(parent, dict):
         renamed = rng.choice([f"{path[-1]}_", str(path[-1])[:-1], str(path[-1]).upper(), "x" * LONG])
         parent[renamed] = parent.pop(path[-1])
@@ -383,7 +383,7 @@ def _changed(content, rng: random.Random, dump, values: list[str], beyond: list[
         return Mutation(f"{where} there twice", written.encode())
     parent[path[-1]] = _HOLE
     written = dump(content).replace(f'"{_HOLE}"', text).replace(_HOLE, text)
-    return Mutation(f"{where} = {text[:40]}", written.encode(errors="surrogatepass"), field if is_one else None)
+    return Mutation(f"{where} = {text[:40]}", written.encode(errors="surrogatepass"), fields if is_one else ())
 
 
 def _drawn(rng: random.Random, values: list[str], beyond: list[str]) -> tuple[str, bool]:

@@ -5,6 +5,7 @@ FASTBERT_FUZZ=N draws N new mutations for each reader; FASTBERT_FUZZ=N:SEED draw
 """
 
 import argparse
+import gzip
 import json
 import os
 import random
@@ -241,10 +242,6 @@ def open_corpus(folder):
         int(shard.input_ids.sum(dtype=np.int64) + shard.documents.sum())
 
 
-def verify_corpus(folder):
-    Corpus.open(folder / "corpus", progress=False)
-
-
 def stated_size(folder, whole):
     """The manifest says how large the mutated shard is, as if it had been written so."""
     path, shard = folder / "corpus/manifest.json", folder / "corpus/train-00000.arrow"
@@ -301,6 +298,12 @@ def vectors(binary, count=200, dimensions=12):
     return make
 
 
+def zipped(folder):
+    vectors(False, 100, 100)(folder)
+    path = folder / "vectors.bin"
+    path.write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+
+
 def table(folder):
     put(folder, "similar.txt", "# fastbert similar words, version 1: a test\n中国\t祖国\t国家\n人民\t群众\n北京\n")
 
@@ -326,6 +329,10 @@ def trained():
 
 def training(folder):
     state.save(folder, 5, lambda target: put(target, "config.json", "{}"), state.optimizer_tensors(*trained()), STATE)
+
+
+def load_moments(folder):
+    state.load_optimizer(*trained(), folder / CHECKPOINT)
 
 
 CHECKPOINT = state.name_of(5)
@@ -368,12 +375,12 @@ TUNING = {
 }  # fmt: skip
 
 
-def settings(file, values):
-    return lambda folder: put(folder, file, yaml.safe_dump(values, sort_keys=False))
+def settings(values):
+    return lambda folder: put(folder, "a.yaml", yaml.safe_dump(values, sort_keys=False))
 
 
 def options(*kinds):
-    return lambda folder: _settings(argparse.Namespace(config=folder / "options.yaml"), *kinds)
+    return lambda folder: _settings(argparse.Namespace(config=folder / "a.yaml"), *kinds)
 
 
 # -- fine-tuning -------------------------------------------------------------------------------------------------------
@@ -401,17 +408,18 @@ SQUAD = {
         }
     ],
 }
+TSV = 'text\ttext_pair\tlabel\n好, very\tb "q\tyes\n坏\tc\tno\n'
 CONLL = "-DOCSTART- O\n\n中 B-LOC\n国 I-LOC\n。 O\n\n我 O\n"
 TAGGED = "19980101-01-001-001/m  [中国/ns 政府/n]nt  是/v\n好/a\n"
 
 
-def examples(task, suffix, content, **options):
+def examples(task, suffix, content, least=0.25, **options):
     def make(folder):
         put(folder, f"rows{suffix}", content)
 
     return Reader(
         f"rows{suffix} {task}", f"rows{suffix}", {".jsonl": "lines", ".json": "json"}.get(suffix, "text"), make,
-        lambda folder: read_examples(folder / f"rows{suffix}", task, **options),
+        lambda folder: read_examples(folder / f"rows{suffix}", task, **options), least=least,
     )  # fmt: skip
 
 
@@ -505,21 +513,34 @@ ROW = {
     "p50_us": 1.5,
 }
 INDEX = "model.safetensors.index.json"
-_VOCAB = only(vocabulary, "added_tokens.json")
+ROWS = (json.dumps(ROW) + "\n") * 3
 
+
+def at(file, function, **options):
+    return lambda folder: function(folder / file, **options)
+
+
+def holding(file, content):
+    return lambda folder: put(folder, file, content)
+
+
+BIN, WEIGHTS, TENSORFLOW = "pytorch_model.bin", "model.safetensors", "model/model.ckpt"
+SHARD, VECTORS, CONFIG = "corpus/train-00000.arrow", "vectors.bin", "config.json"
+similar = at(VECTORS, SimilarWords.from_vectors, progress=False)
+without_full = only(tokenizer("bpe"), "tokenizer.json")
+from_model = convert(from_tensorflow, "model")
+from_fairseq_model = convert(from_fairseq, "model")
 READERS = [
-    Reader("config", "config.json", "json", model, lambda f: fastbert.EncoderConfig.from_json_file(f / "config.json")),
-    Reader("config of a model", "config.json", "json", model, load_model),
-    Reader("safetensors", "model.safetensors", "bytes", model, load_model),
-    Reader("safetensors header", "model.safetensors", "json", header, load_model, with_data),
-    Reader(
-        "large safetensors", "model.safetensors", "bytes", large, lambda f: read_safetensors(f / "model.safetensors")
-    ),
+    Reader("config", CONFIG, "json", model, at(CONFIG, fastbert.EncoderConfig.from_json_file)),
+    Reader("config of a model", CONFIG, "json", model, load_model, alone=False),
+    Reader("safetensors", WEIGHTS, "bytes", model, load_model),
+    Reader("safetensors header", WEIGHTS, "json", header, load_model, with_data, alone=False),
+    Reader("large safetensors", WEIGHTS, "bytes", large, at(WEIGHTS, read_safetensors)),
     Reader("index", INDEX, "json", sharded, load_model),
-    Reader("weights of an index", "one.safetensors", "bytes", sharded, load_model),
-    Reader("bin", "pytorch_model.bin", "bytes", pickled(), load_model),
-    Reader("old bin", "pytorch_model.bin", "bytes", pickled(_use_new_zipfile_serialization=False), load_model),
-    Reader("large bin", "pytorch_model.bin", "bytes", large_bin, lambda f: read_bin(f / "pytorch_model.bin")),
+    Reader("weights of an index", "one.safetensors", "bytes", sharded, load_model, named="safetensors"),
+    Reader("bin", BIN, "bytes", pickled(), load_model),
+    Reader("old bin", BIN, "bytes", pickled(_use_new_zipfile_serialization=False), load_model),
+    Reader("large bin", BIN, "bytes", large_bin, at(BIN, read_bin)),
     Reader("vocab.txt", "vocab.txt", "text", vocabulary, load_tokenizer),
     Reader("tokenizer_config.json", "tokenizer_config.json", "json", vocabulary, load_tokenizer),
     Reader("added_tokens.json", "added_tokens.json", "json", vocabulary, load_tokenizer),
@@ -527,121 +548,55 @@ READERS = [
         Reader(f"tokenizer.json {level}", "tokenizer.json", "json", tokenizer(level), load_tokenizer)
         for level in ("char", "word", "bpe", "unigram")
     ),
-    Reader("vocab.json", "vocab.json", "json", only(tokenizer("bpe"), "tokenizer.json"), load_tokenizer),
-    Reader("merges.txt", "merges.txt", "text", only(tokenizer("bpe"), "tokenizer.json"), load_tokenizer),
+    Reader("vocab.json", "vocab.json", "json", without_full, load_tokenizer),
+    Reader("merges.txt", "merges.txt", "text", without_full, load_tokenizer),
     Reader("spiece", "spiece.model", "bytes", only(tokenizer("unigram"), "tokenizer.json"), load_tokenizer),
     Reader("manifest", "corpus/manifest.json", "json", corpus, open_corpus),
-    Reader("shard", "corpus/train-00000.arrow", "bytes", corpus, open_corpus, stated_size),
-    Reader("long shard", "corpus/train-00000.arrow", "bytes", long_corpus, open_corpus, stated_size),
-    Reader("verified shard", "corpus/train-00000.arrow", "bytes", corpus, verify_corpus),
+    Reader("shard", SHARD, "bytes", corpus, open_corpus, stated_size),
+    Reader("long shard", SHARD, "bytes", long_corpus, open_corpus, stated_size),
+    Reader("verified shard", SHARD, "bytes", corpus, at("corpus", Corpus.open, progress=False)),
     *(
         Reader(f"work {name}", f".corpus.work/{name}", kind, work_folder, go_on, least=0.0)
-        for name, kind in (
-            ("plan.json", "json"),
-            ("scan.json", "json"),
-            ("hashes.npy", "bytes"),
-            ("unit-00000/record.json", "json"),
-        )
+        for name, kind in (("plan.json", "json"), ("scan.json", "json"), ("hashes.npy", "bytes"))
     ),
-    Reader(
-        "text",
-        "rows.txt",
-        "text",
-        lambda f: put(f, "rows.txt", TEXT),
-        lambda f: list(read_rows(as_paths(f / "rows.txt"))),
-    ),
-    Reader(
-        "word list",
-        "words.txt",
-        "text",
-        lambda f: put(f, "words.txt", "北京\n人民\n"),
-        lambda f: _listed(f / "words.txt"),
-    ),
-    Reader(
-        "text vectors",
-        "vectors.bin",
-        "text",
-        vectors(False),
-        lambda f: SimilarWords.from_vectors(f / "vectors.bin", progress=False),
-    ),
-    Reader(
-        "vectors",
-        "vectors.bin",
-        "bytes",
-        vectors(True),
-        lambda f: SimilarWords.from_vectors(f / "vectors.bin", progress=False),
-    ),
-    Reader(
-        "large vectors",
-        "vectors.bin",
-        "bytes",
-        vectors(True, 500, 1000),
-        lambda f: read_vectors(f / "vectors.bin", progress=False),
-    ),
-    Reader("similar words", "similar.txt", "text", table, lambda f: SimilarWords.read(f / "similar.txt")),
-    Reader(
-        "cilin",
-        "cilin.txt",
-        "text",
-        lambda f: put(f, "cilin.txt", CILIN),
-        lambda f: SimilarWords.from_cilin(f / "cilin.txt", progress=False),
-    ),
-    Reader(
-        "checkpoint manifest", f"{CHECKPOINT}/manifest.json", "json", training, lambda f: state.verify(f / CHECKPOINT)
-    ),
-    Reader(
-        "checkpoint state", f"{CHECKPOINT}/state.json", "json", training, lambda f: resume.read_state(f / CHECKPOINT)
-    ),
-    Reader(
-        "moments",
-        f"{CHECKPOINT}/optimizer.safetensors",
-        "bytes",
-        training,
-        lambda f: state.load_optimizer(*trained(), f / CHECKPOINT),
-    ),
+    Reader("work record.json", ".corpus.work/unit-00000/record.json", "json", work_folder, go_on, least=0.0),
+    Reader("text", "a.txt", "text", holding("a.txt", TEXT), lambda f: list(read_rows(as_paths(f / "a.txt")))),
+    Reader("word list", "words.txt", "text", holding("words.txt", "北京\n人民\n"), at("words.txt", _listed)),
+    Reader("text vectors", VECTORS, "text", vectors(False), similar),
+    Reader("vectors", VECTORS, "bytes", vectors(True), similar),
+    Reader("large vectors", VECTORS, "bytes", vectors(True, 500, 1000), at(VECTORS, read_vectors, progress=False)),
+    Reader("zipped vectors", VECTORS, "bytes", zipped, at(VECTORS, read_vectors, progress=False)),
+    Reader("similar words", "similar.txt", "text", table, at("similar.txt", SimilarWords.read)),
+    Reader("cilin", "a.txt", "text", holding("a.txt", CILIN), at("a.txt", SimilarWords.from_cilin, progress=False)),
+    Reader("checkpoint manifest", f"{CHECKPOINT}/manifest.json", "json", training, at(CHECKPOINT, state.verify)),
+    Reader("checkpoint state", f"{CHECKPOINT}/state.json", "json", training, at(CHECKPOINT, resume.read_state)),
+    Reader("moments", f"{CHECKPOINT}/optimizer.safetensors", "bytes", training, load_moments),
     Reader("log", "log.jsonl", "lines", log, read_journal, least=0.0),
-    Reader(
-        "recipe", "recipe.yaml", "yaml", settings("recipe.yaml", RECIPE), lambda f: Recipe.load(str(f / "recipe.yaml"))
-    ),
-    Reader(
-        "pretrain options",
-        "options.yaml",
-        "yaml",
-        settings("options.yaml", OPTIONS),
-        options(RecipeOptions, PretrainConfig),
-    ),
-    Reader(
-        "finetune options",
-        "options.yaml",
-        "yaml",
-        settings("options.yaml", TUNING),
-        options(DemoOptions, FinetuneConfig),
-    ),
+    Reader("recipe", "a.yaml", "yaml", settings(RECIPE), lambda f: Recipe.load(str(f / "a.yaml"))),
+    Reader("pretrain options", "a.yaml", "yaml", settings(OPTIONS), options(RecipeOptions, PretrainConfig)),
+    Reader("finetune options", "a.yaml", "yaml", settings(TUNING), options(DemoOptions, FinetuneConfig)),
     examples("classification", ".csv", CSV),
-    examples("classification", ".tsv", 'text\ttext_pair\tlabel\n好, very\tb "q\tyes\n坏\tc\tno\n'),
+    examples("classification", ".tsv", TSV),
     examples("classification", ".jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in OBJECTS)),
     examples("classification", ".json", OBJECTS),
-    examples("classification", ".txt", TEXT, labelled=None),
+    examples("classification", ".txt", TEXT, 0.05, labelled=None),
     examples("qa", ".json", SQUAD),
     examples("tagging", ".conll", CONLL),
     examples("tagging", ".tagged", TAGGED, format="tagged"),
     Reader("finetune.json", "finetune.json", "json", finetuned, read_task),
-    Reader("tensorflow index", "model/model.ckpt.index", "bytes", tensorflow, read_tensorflow),
-    Reader("sealed tensorflow index", "model/model.ckpt.index", "bytes", tensorflow, read_tensorflow, block_checksums),
-    Reader("tensorflow data", "model/model.ckpt.data-00000-of-00001", "bytes", tensorflow, read_tensorflow),
-    Reader("tensorflow config", "model/bert_config.json", "json", tensorflow, convert(from_tensorflow, "model")),
-    Reader("tensorflow vocabulary", "model/vocab.txt", "text", tensorflow, convert(from_tensorflow, "model")),
-    Reader("fairseq", "model/model.pt", "bytes", fairseq, convert(from_fairseq, "model")),
-    Reader("fairseq dictionary", "model/dict.txt", "text", fairseq, convert(from_fairseq, "model")),
-    Reader("fairseq pairs", "model/encoder.json", "json", fairseq, convert(from_fairseq, "model")),
-    Reader("fairseq merges", "model/vocab.bpe", "text", fairseq, convert(from_fairseq, "model")),
+    Reader("tensorflow index", f"{TENSORFLOW}.index", "bytes", tensorflow, read_tensorflow, named="model.ckpt"),
     Reader(
-        "rows of measurements",
-        "x.jsonl",
-        "lines",
-        lambda f: put(f, "x.jsonl", (json.dumps(ROW) + "\n") * 3),
-        lambda f: list(rows.read(f)),
+        *("sealed tensorflow index", f"{TENSORFLOW}.index", "bytes", tensorflow, read_tensorflow, block_checksums),
+        named="model.ckpt",
     ),
+    Reader("tensorflow data", f"{TENSORFLOW}.data-00000-of-00002", "bytes", tensorflow, read_tensorflow),
+    Reader("tensorflow config", "model/bert_config.json", "json", tensorflow, from_model, alone=False),
+    Reader("tensorflow vocabulary", "model/vocab.txt", "text", tensorflow, from_model),
+    Reader("fairseq", "model/model.pt", "bytes", fairseq, from_fairseq_model),
+    Reader("fairseq dictionary", "model/dict.txt", "text", fairseq, from_fairseq_model),
+    Reader("fairseq pairs", "model/encoder.json", "json", fairseq, from_fairseq_model, alone=False),
+    Reader("fairseq merges", "model/vocab.bpe", "text", fairseq, from_fairseq_model),
+    Reader("rows of measurements", "a.jsonl", "lines", holding("a.jsonl", ROWS), lambda f: list(rows.read(f))),
 ]
 
 
@@ -715,8 +670,8 @@ def _verdict(reader, folder, path, mutation):
         return verdict, f"{peak:,} bytes allocated, {grown:,} more resident, for {size:,}"
     if said is not None and (reader.named or path.name) not in said:
         return verdict, f"the file is not named: {said[:300]}"
-    if said is not None and mutation.field and reader.alone and mutation.field not in said:
-        return verdict, f"{mutation.field} is not named: {said[:300]}"
+    if said is not None and mutation.fields and reader.alone and not any(field in said for field in mutation.fields):
+        return verdict, f"{mutation.fields} not named: {said[:300]}"
     return verdict, f"a message of {len(said)} characters: {said[:200]}" if said and len(said) > 2000 else None
 
 

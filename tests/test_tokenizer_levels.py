@@ -641,7 +641,7 @@ def test_missing_special_tokens_are_named_with_their_file(trained, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"h\xff e\n", "merges.txt: invalid UTF-8"), (b"h e l\n", "'h e l' is no merge"), (b"h zzz\n", "not a tokenizer")],
+    [(b"h\xff e\n", "merges.txt: invalid UTF-8"), (b"h e l\n", "'h e l' is no merge"), (b"h zzz\n", "'h zzz' is no merge")],
 )
 def test_damaged_merges_are_named(trained, tmp_path, content, message):
     trained["bpe"].save_pretrained(tmp_path)

@@ -24,7 +24,7 @@ from fastbert.data.pieces import PieceTable, begins_word, check_texts, cutter, u
 from fastbert.data.text import CJK
 from fastbert.data.tokenizer_files import read_added_tokens, read_folder, write_folder
 from fastbert.data.tokenizer_training import train_backend
-from fastbert.errors import ConfigError, DataError
+from fastbert.errors import ConfigError, DataError, shown
 from fastbert.hub import local_folder
 
 # The least size of a vocabulary: something besides the special tokens, and at "bpe" all bytes, at "unigram" the space
@@ -355,7 +355,7 @@ class Tokenizer:
         for path, added in read_added_tokens(folder):
             missing = [token for token, index in added.items() if known.get(token) != index]
             if missing:
-                full, names = folder / "tokenizer.json", ", ".join(map(repr, missing))
+                full, names = folder / "tokenizer.json", ", ".join(map(shown, missing[:8]))
                 raise DataError(
                     f"{path} adds the tokens {names}, expected them in {full} too: load the folder with AutoTokenizer "
                     "of transformers and save it, which writes that file"

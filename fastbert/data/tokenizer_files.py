@@ -50,7 +50,7 @@ def read_folder(folder: Path) -> tuple[Path, tokenizers.Tokenizer, dict[str, str
     except (DataError, MissingFileError):
         raise
     except Exception as error:  # tokenizers raises nothing more specific
-        raise DataError(f"{path} is not a tokenizer: {error}") from error
+        raise DataError(f"{path} is not a tokenizer: {_reason(error)}") from error
     return path, backend, names, "word" if word else level_of(json.loads(backend.to_str()))
 
 
@@ -168,10 +168,18 @@ def _from_vocab(path: Path, names: dict[str, str], options: dict) -> tokenizers.
 
 
 def _from_merges(path: Path, names: dict[str, str], options: dict) -> tokenizers.Tokenizer:
-    vocab, lines = read_json(path, DataError), _read_lines(path.with_name("merges.txt"))
-    merges = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version") :] if line]
-    if bad := next((merge for merge in merges if len(merge) != 2), None):
-        raise DataError(f"{path.with_name('merges.txt')}: {' '.join(bad)!r} is no merge, expected two pieces")
+    vocab, source = read_json(path, DataError), path.with_name("merges.txt")
+    for token, index in vocab.items():
+        if type(index) is not int or not 0 <= index < len(vocab):
+            raise DataError(f"{path}: the id of {shown(token)} is {shown(index)}, expected one below {len(vocab)}")
+    merges = []
+    for number, line in enumerate(_read_lines(source), 1):
+        if not line or number == 1 and line.startswith("#version"):
+            continue
+        merge = tuple(line.split(" "))
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
+            raise DataError(f"{source}:{number}: {shown(line)} is no merge, expected two pieces of {path.name}")
+        merges.append(merge)
     return bpe_backend(vocab, merges, unk_token=names["unk_token"], **options)
 
 
@@ -192,7 +200,7 @@ def _from_wordpiece(path: Path, names: dict[str, str], options: dict) -> tokeniz
             f"{names['unk_token']!r}"
         )
     config["normalizer"].update(options)
-    return restore(json.dumps(config))
+    return _restored(path, config)
 
 
 def _from_bpe(path: Path, names: dict[str, str], options: dict) -> tokenizers.Tokenizer:
@@ -206,7 +214,7 @@ def _from_bpe(path: Path, names: dict[str, str], options: dict) -> tokenizers.To
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     options = {"add_prefix_space": bytes_of["add_prefix_space"], **options}
     rebuilt = json.loads(bpe_backend(model["vocab"], merges, unk_token=names["unk_token"], **options).to_str())
-    return restore(json.dumps(rebuilt | {"added_tokens": config.get("added_tokens", [])}))
+    return _restored(path, rebuilt | {"added_tokens": config.get("added_tokens", [])})
 
 
 def _from_unigram(path: Path, names: dict[str, str], options: dict) -> tokenizers.Tokenizer:
@@ -226,7 +234,31 @@ def _from_unigram(path: Path, names: dict[str, str], options: dict) -> tokenizer
     for step in config["normalizer"]["normalizers"]:
         if step not in usual and step["type"] != "Precompiled":
             raise DataError(f"{path}: the normalizer has the step {shown(step)}, which ALBERT's has not")
-    return restore(json.dumps(rebuilt | {"added_tokens": config.get("added_tokens", [])}))
+    return _restored(path, rebuilt | {"added_tokens": config.get("added_tokens", [])})
+
+
+def _restored(path: Path, config: dict) -> tokenizers.Tokenizer:
+    """The backend of the content of a tokenizer.json. DataError, with the part without which there would be one."""
+    try:
+        return restore(json.dumps(config))
+    except Exception as error:
+        nothing = {"added_tokens": [], **dict.fromkeys(("truncation", "padding", "post_processor", "decoder"))}
+        for part in nothing:
+            if _restores(config | {part: nothing[part]}):
+                raise DataError(f"{path}: {part} is {shown(config.get(part))}: {_reason(error)}") from error
+        raise
+
+
+def _restores(config: dict) -> bool:
+    try:
+        restore(json.dumps(config))
+    except Exception:
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    return str(error)[:300]
 
 
 _READERS = {"WordPiece": _from_wordpiece, "BPE": _from_bpe, "Unigram": _from_unigram}
@@ -275,7 +307,8 @@ def _read_full(path: Path) -> dict:
 
 
 def _read_lines(path: Path) -> list[str]:
-    return read_text(path, DataError).replace("\r\n", "\n").removesuffix("\n").split("\n")
+    lines = [line.removesuffix("\r") for line in read_text(path, DataError).split("\n")]
+    return lines if lines[-1] else lines[:-1]
 
 
 def _read_vocab(path: Path) -> dict[str, int]:

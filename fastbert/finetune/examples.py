@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from os import PathLike
 from pathlib import Path
 
@@ -35,6 +34,7 @@ FORMATS = ("csv", "tsv", "jsonl", "conll", "tagged", "json", "squad", "txt")
 _SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".conll": "conll", ".bio": "conll"}
 _SUFFIXES |= {".json": "json", ".txt": "txt"}
 _LINE_END, _GAP = re.compile("\r\n|\n|\r"), re.compile("[ \t]+")
+_LINE = re.compile("[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+")  # with its end
 # The People's Daily numbers its rows, and sets compounds in brackets with a tag of their own: [中央/n 电台/n]nt.
 _ARTICLE = re.compile(r"\d{8}-\d{2}-\d{3}-\d{3}/m$")
 _COMPOUND = re.compile(r"(?<!\S)\[([^\[\]]+/[^\[\]/\s]+)\]\w*(?!\S)")
@@ -143,7 +143,7 @@ class _Reader:
 
     def _table(self, text: str, kind: str) -> Iterator[Example]:
         plain = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {"strict": True}
-        rows = csv.reader(StringIO(text, newline=""), **plain)
+        rows = csv.reader((line[0] for line in _LINE.finditer(text)), **plain)
         csv.field_size_limit(1 << 30)
         begin = 1
         try:

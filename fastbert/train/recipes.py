@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from fastbert.config import EncoderConfig, nearest
-from fastbert.errors import ConfigError, MissingFileError
+from fastbert.errors import ConfigError, MissingFileError, shown
 from fastbert.train.config import Options, PretrainConfig, TextOptions
 
 FOLDER = Path(__file__).parents[1] / "recipes"

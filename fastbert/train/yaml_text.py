@@ -8,11 +8,17 @@ import yaml
 from fastbert.errors import ConfigError, shown
 
 _LONGEST = 1 << 16  # characters: PyYAML takes some kilobytes and 20 microseconds for each value
+_DEEPEST = 32  # brackets within brackets, at each of which it looks at all that are open
 
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe one, without what settings have no use for: one value in several places, which grows without end
     when it is shown, and a key that is there twice."""
+
+    def fetch_flow_collection_start(self, token):
+        if self.flow_level >= _DEEPEST:
+            raise yaml.YAMLError(f"more than {_DEEPEST} brackets are open{self.get_mark()}")
+        super().fetch_flow_collection_start(token)
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
