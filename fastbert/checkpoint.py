@@ -102,7 +102,7 @@ def load(
     encoder, or one of the wrong shape, is a `CheckpointError`; with new_heads a head of another shape counts as
     missing.
     """
-    source = f"model folder {folder} ({weights_file(folder).name})"
+    source = f"model folder {folder} ({CONFIG}, {weights_file(folder).name})"
     fill(model, read_tensors(folder), source, dtype=dtype, device=device, new_heads=new_heads)
 
 
@@ -174,7 +174,7 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor], source: str, new_he
             state[name] = tensors[found]
     wrong += _untied(model, tensors, state)
     if wrong:
-        raise CheckpointError(f"{source} does not fit {type(model).__name__} with this {CONFIG}: " + "; ".join(wrong))
+        raise CheckpointError(f"{source} does not fit {type(model).__name__} with this config: " + "; ".join(wrong[:8]))
     unexpected = [name for name in tensors if name not in used and not _is_copy(name)]
     lost = [published for name, published in missing if _ENCODER.match(name)]
     if lost:

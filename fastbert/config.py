@@ -101,6 +101,7 @@ _ONLY = {
 _LEFTOVERS = {"nezha": frozenset({"embedding_size", "num_hidden_groups", "inner_group_num"})}
 
 
+_LONGEST_NAME = 200  # that is taken for a misspelling
 _OPTIONAL = ("id2label", "problem_type", "classifier_dropout", "classifier_dropout_prob")
 _MOST = {"num_hidden_layers": 1024, "num_hidden_groups": 1024, "inner_group_num": 1024, "num_labels": 1 << 20}
 _PROBABILITIES = (
@@ -387,15 +388,19 @@ def _keys_of(family: str) -> set[str]:
 def _misspelt(name: str, family: str) -> str | None:
     """The key that concerns the encoder of which an unknown key seems to be a misspelling."""
     known = [*BASE[family], *_ONLY, "model_type"]
-    plain = name.lower().replace("-", "_")
-    matches = [] if name in _FIELDS else difflib.get_close_matches(plain, known, n=1, cutoff=0.86)
-    return matches[0] if matches else None
+    return None if name in _FIELDS else _most_like(name.lower().replace("-", "_"), known, 0.86)
 
 
 def nearest(name, known, cutoff: float = 0.6) -> str:
     """ " (did you mean ...?)" with the known name that is most like `name`, or nothing."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff) if isinstance(name, str) else []
-    return f" (did you mean {match[0]!r}?)" if match else ""
+    match = _most_like(name, known, cutoff)
+    return f" (did you mean {match!r}?)" if match else ""
+
+
+def _most_like(name, known, cutoff: float) -> str | None:
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+        return None
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
 def _size(layers, hidden, heads, **rest):

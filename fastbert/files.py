@@ -21,6 +21,8 @@ def read_bytes(path: str | PathLike, error: type[FastBertError]) -> bytes:
         return Path(path).read_bytes()
     except FileNotFoundError:
         raise MissingFileError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise MissingFileError(f"{path} is a folder, expected a file") from None
     except OSError as fault:
         raise error(f"{path} cannot be read: {fault.strerror}") from None
 
@@ -57,7 +59,7 @@ def parse_json(text: str, where: str | PathLike, error: type[FastBertError]):
 
 def is_plain_name(name: str) -> bool:
     """Whether a file in a folder can have this name."""
-    return Path(name).name == name != ".." and "\0" not in name and len(os.fsencode(name)) <= _LONGEST_NAME
+    return Path(name).name == name not in ("", "..") and "\0" not in name and len(os.fsencode(name)) <= _LONGEST_NAME
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict:

@@ -2,8 +2,10 @@
 through `weights_only`, which builds tensors and refuses all else before any of it runs.
 """
 
+import mmap
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from fastbert.files import is_plain_name, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LEGACY, LEGACY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_ARCHIVE = b"PK\x03\x04"
 
 
 def read_tensors(folder) -> dict[str, Tensor]:
@@ -58,13 +61,25 @@ def read_pickle(path: Path, classes: Sequence[type] = ()):
     there is anything else in it, before any of it runs, or it is damaged.
     """
     try:
-        with torch.serialization.safe_globals(list(classes)):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(classes)), _opened(path) as source:
+            return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or malicious file makes torch raise
         found = re.search(r"GLOBAL (\S+)", str(error))
         last = " ".join(str(error).strip().splitlines()[-1:])  # before it stands advice to read the file unsafely
         reason = f"it refers to {found[1]}, which is no tensor" if found else f"{type(error).__name__} {last}".strip()
         raise CheckpointError(f"weights file {path} cannot be read with weights_only: {reason}") from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Path | mmap.mmap]:
+    """What torch.load is given: the path of an archive; of a file as it was before 1.6 its mapped bytes, for of an open
+    file it would take as much memory as some length in it says."""
+    with open(path, "rb") as file:
+        if file.read(len(_ARCHIVE)) == _ARCHIVE:
+            yield path
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
 
 
 def plain_tensors(content, path: Path) -> dict[str, Tensor]:
@@ -82,12 +97,15 @@ def plain_tensors(content, path: Path) -> dict[str, Tensor]:
 def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
     files = _files(index)
     tensors, owner = {}, {}
-    for name in sorted(set(files.values())):
+    some = {name: tensor for tensor, name in files.items()}
+    for name in sorted(some):
         path = index.parent / name
         if not is_plain_name(name):
-            raise CheckpointError(f"index file {index} names the file {shown(name)}; expected one in its own folder")
+            raise CheckpointError(
+                f"index file {index} names the file {shown(name)} for {some[name]}; expected one in its own folder"
+            )
         if not path.is_file():
-            raise MissingFileError(f"weights file {path}, named in {index.name}, does not exist in the model folder")
+            raise MissingFileError(f"weights file {path}, named in {index.name} for {some[name]}, does not exist")
         for tensor_name, tensor in read(path).items():
             if tensor_name in owner:
                 raise CheckpointError(
@@ -95,7 +113,7 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
                 )
             if files.get(tensor_name) != name:
                 raise CheckpointError(
-                    f"tensor {tensor_name} is in {path}; index file {index} names {files.get(tensor_name)!r} for it"
+                    f"tensor {tensor_name} is in {path}; index file {index} names {shown(files.get(tensor_name))} for it"
                 )
             tensors[tensor_name], owner[tensor_name] = tensor, name
     if absent := sorted(set(files) - set(tensors)):

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import yaml
 
 DEEP = 20_000  # nested lists
-LONG = 100_000  # characters of a very long line
-MANY = 20_000  # characters of very many lines or words
+LONG = 50_000  # characters of a very long line
+MANY = 8_000  # characters of very many lines or words
 
 
 class Mutation(NamedTuple):
     """A mutated file. data: its content, None where a folder stands in its place; fields: of a value that was changed in
-    a file that is still one of its format, the key and the one above it."""
+    a file that is still one of its format, the keys that lead to it."""
 
     name: str
     data: bytes | None
@@ -204,7 +204,11 @@ def _invalid_utf8(data, rng):
 
 def _long_line(data, rng):
     at = _place(data, rng)
-    return data[:at] + (rng.choice([b"a", b"1", b"-", b"\0", "中".encode(), "👍".encode(), b'"']) * LONG)[:LONG] + data[at:]
+    return (
+        data[:at]
+        + (rng.choice([b"a", b"1", b"-", b"\0", "中".encode(), "👍".encode(), b'"']) * LONG)[:LONG]
+        + data[at:]
+    )
 
 
 def _many_words(data, rng):
@@ -290,7 +294,7 @@ _OF_YAML = [
         "[[]]",
     ),
     *("[null]", "[x, x]", "{x: 1}", "{1: 2}", "2020-02-02", "!!binary eHg=", "!!set {x}", "'\\0'", "12:30:00", "0o17"),
-    *("'../x'", "/x", '"\\uD800"', '"\\0"', "[" * 50 + "]" * 50, "x" * MANY),
+    *("'../x'", "/x", '"\\uD800"', '"\\0"', "[" * 20 + "]" * 20, "x" * MANY),
 ]
 _BEYOND_YAML = [
     *(
@@ -360,7 +364,7 @@ _VALUES = {"json": _changed_json, "lines": _changed_line, "yaml": _changed_yaml}
 def _changed(content, rng: random.Random, dump, values: list[str], beyond: list[str]) -> Mutation:
     """The text of a tree with one value replaced, removed, renamed, or given twice."""
     path = _path(content, rng)
-    fields = tuple(key for key in path if isinstance(key, str))[-2:]
+    fields = tuple(key for key in path if isinstance(key, str))
     where = ".".join(map(str, path)) or "everything"
     if not path:
         text, is_one = _drawn(rng, values, beyond)

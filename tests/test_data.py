@@ -339,7 +339,7 @@ def test_a_shard_of_another_shape_is_refused(folder):
         ({"splits": {"train": {"shards": [{"file": "x"}]}}}, "field 'rows' is None"),
         (
             {"splits": {"train": {"shards": [{"file": "../x", "rows": 1, "tokens": 1, "bytes": 1, "sha256": ""}]}}},
-            "plain",
+            "expected a name in its folder",
         ),
     ],
 )

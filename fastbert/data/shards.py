@@ -120,7 +120,7 @@ class Corpus:
         manifest = read_manifest(folder)
         if split not in manifest["splits"]:
             raise DataError(
-                f"{folder} has no split {split!r}, expected one of {', '.join(map(repr, manifest['splits']))}"
+                f"{folder / MANIFEST}: splits has no {split!r}, expected one of {', '.join(map(shown, manifest['splits']))}"
             )
         infos = _shard_infos(folder / MANIFEST, manifest, split)
         for info in infos:

@@ -67,7 +67,8 @@ class Tokenizer:
         complete(backend, self.level, self.special_tokens)
         vocab = backend.get_vocab(with_added_tokens=True)
         if sorted(vocab.values()) != list(range(len(vocab))):
-            raise DataError(f"the ids of the {len(vocab)} tokens are not 0 to {len(vocab) - 1}, each once")
+            wrong = f"the ids of the {len(vocab)} tokens are not 0 to {len(vocab) - 1}, each once"
+            raise DataError(f"{wrong}: {_misnumbered(vocab)}")
         self._backend, self.vocab_size = backend, len(vocab)
         self._tokens = sorted(vocab, key=vocab.get)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
@@ -162,7 +163,8 @@ class Tokenizer:
         try:
             tokenizer = cls(backend, names, level)
         except DataError as error:
-            raise DataError(f"{path}: {error}") from error
+            config = Path(folder) / "tokenizer_config.json"
+            raise DataError(f"{path}{f', with {config}' if config.is_file() else ''}: {error}") from error
         tokenizer._check_added_tokens(folder)
         return tokenizer
 
@@ -373,6 +375,16 @@ class Tokenizer:
 
 def _restore(serialized: str, special_tokens: dict[str, str], level: str) -> Tokenizer:
     return Tokenizer(restore(serialized), special_tokens, level)
+
+
+def _misnumbered(vocab: dict[str, int]) -> str:
+    """The first id that two tokens have or none has."""
+    seen = {}
+    for token, index in vocab.items():
+        if index in seen:
+            return f"{shown(seen[index])} and {shown(token)} have {index}"
+        seen[index] = token
+    return f"none has {next(index for index in range(len(vocab)) if index not in seen)}"
 
 
 def _spaced(char: str) -> bool:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -169,9 +170,7 @@ def _from_vocab(path: Path, names: dict[str, str], options: dict) -> tokenizers.
 
 def _from_merges(path: Path, names: dict[str, str], options: dict) -> tokenizers.Tokenizer:
     vocab, source = read_json(path, DataError), path.with_name("merges.txt")
-    for token, index in vocab.items():
-        if type(index) is not int or not 0 <= index < len(vocab):
-            raise DataError(f"{path}: the id of {shown(token)} is {shown(index)}, expected one below {len(vocab)}")
+    _check_ids(path, vocab)
     merges = []
     for number, line in enumerate(_read_lines(source), 1):
         if not line or number == 1 and line.startswith("#version"):
@@ -196,7 +195,7 @@ def _from_wordpiece(path: Path, names: dict[str, str], options: dict) -> tokeniz
     prefix, unknown = config["model"].get("continuing_subword_prefix"), config["model"].get("unk_token")
     if (prefix, unknown) != ("##", names["unk_token"]):
         raise DataError(
-            f"{path}: the model has prefix {prefix!r} and unknown token {unknown!r}, expected '##', "
+            f"{path}: the model has the continuing_subword_prefix {shown(prefix)} and the unk_token {shown(unknown)}, expected '##', "
             f"{names['unk_token']!r}"
         )
     config["normalizer"].update(options)
@@ -242,7 +241,8 @@ def _restored(path: Path, config: dict) -> tokenizers.Tokenizer:
     try:
         return restore(json.dumps(config))
     except Exception as error:
-        nothing = {"added_tokens": [], **dict.fromkeys(("truncation", "padding", "post_processor", "decoder"))}
+        nothing = {"version": "1.0", "added_tokens": []}
+        nothing |= dict.fromkeys(("truncation", "padding", "post_processor", "decoder"))
         for part in nothing:
             if _restores(config | {part: nothing[part]}):
                 raise DataError(f"{path}: {part} is {shown(config.get(part))}: {_reason(error)}") from error
@@ -271,6 +271,26 @@ def _unigram_options(normalizer: dict) -> dict:
     return {"lowercase": "Lowercase" in steps, "keep_accents": "StripAccents" not in steps, "charsmap": charsmap}
 
 
+def _check_ids(path: Path, vocab: dict) -> None:
+    for token, index in vocab.items():
+        if type(index) is not int or not 0 <= index < 1 << 32:
+            raise DataError(f"{path}: the id of {shown(token)} is {shown(index)}, expected a number from 0 on")
+
+
+def _check_vocab(path: Path, model: dict) -> None:
+    """DataError unless the vocabulary of a model in a tokenizer.json is of the kind of the model."""
+    vocab, scored = model.get("vocab"), model["type"] == "Unigram"
+    if not isinstance(vocab, list if scored else dict):
+        kind = "pieces with their scores" if scored else "ids by token"
+        raise DataError(f"{path}: vocab of the model is {shown(vocab)}, expected {kind}")
+    if not scored:
+        return _check_ids(path, vocab)
+    for piece in vocab:
+        number = isinstance(piece, list) and len(piece) == 2 and type(piece[1]) in (float, int)
+        if not number or not isinstance(piece[0], str) or not math.isfinite(piece[1]):
+            raise DataError(f"{path}: vocab of the model has {shown(piece)}, expected a piece and its score")
+
+
 def _check_unknown(path: Path, pieces: list[tuple[str, float]], unk_id: int, names: dict[str, str]) -> None:
     if not isinstance(unk_id, int) or not 0 <= unk_id < len(pieces) or pieces[unk_id][0] != names["unk_token"]:
         raise DataError(f"{path}: unk_id is {shown(unk_id)}, expected the id of unk_token {names['unk_token']!r}")
@@ -283,7 +303,8 @@ def _parts(path: Path) -> dict:
         value = config.get(part)
         kind = value.get("type") if isinstance(value, dict) else value
         if isinstance(expected, list) and kind == "Sequence":
-            kind = [one.get("type") for one in value["pretokenizers"]]
+            steps = value.get("pretokenizers")
+            kind = [one.get("type") for one in steps if isinstance(one, dict)] if isinstance(steps, list) else steps
         if kind != expected:
             raise DataError(
                 f"{path}: the {part} is {shown(kind)}, expected {expected!r}: only tokenizers of BERT, RoBERTa, ALBERT and "
@@ -303,6 +324,7 @@ def _read_full(path: Path) -> dict:
     kind = model.get("type") if isinstance(model, dict) else model
     if kind not in tuple(_PARTS):
         raise DataError(f"{path}: the model is {shown(kind)}, expected one of {', '.join(map(repr, _PARTS))}")
+    _check_vocab(path, model)
     return config
 
 

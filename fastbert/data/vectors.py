@@ -217,7 +217,7 @@ def _text_records(file: BinaryIO, path: Path, count: int, dimensions: int) -> It
         try:
             values = array("f", map(float, fields))
         except ValueError as error:
-            raise DataError(f"{place}: {error}, expected {dimensions} numbers") from error
+            raise DataError(f"{place}: {str(error)[:120]}, expected {dimensions} numbers") from error
         yield place, word, values.tobytes()
 
 

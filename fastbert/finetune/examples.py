@@ -299,23 +299,22 @@ class _Reader:
 
     def _squad(self, text: str) -> Iterator[Example]:
         tree = parse_json(text, self._path, DataError)
-        for article in self._branches(tree, "data"):
-            for paragraph in self._branches(article, "paragraphs"):
-                for question in self._branches(paragraph, "qas"):
+        for at, article in self._branches(tree, "data"):
+            for there, paragraph in self._branches(article, "paragraphs", f"{at}."):
+                for _, question in self._branches(paragraph, "qas", f"{there}."):
                     yield self._asked(question, paragraph)
 
-    def _branches(self, tree, name: str) -> list[dict]:
-        """What SQuAD's tree has under a name."""
+    def _branches(self, tree, name: str, above: str = "") -> Iterator[tuple[str, dict]]:
+        """What SQuAD's tree has under a name, each with its place."""
         found = tree.get(name) if isinstance(tree, dict) else None
-        if not isinstance(found, list) or not all(isinstance(branch, dict) for branch in found):
-            raise DataError(
-                f"{self._path}: not in the form of SQuAD: {name} is {shown(found)}, expected a list of objects"
-            )
-        return found
+        if not isinstance(found, list):
+            given = f"{above}{name} is {shown(found)}"
+            raise DataError(f"{self._path}: not in the form of SQuAD: {given}, expected a list of objects")
+        return ((f"{above}{name}[{number}]", branch) for number, branch in enumerate(found))
 
-    def _asked(self, question: dict, paragraph: dict) -> Example:
+    def _asked(self, question, paragraph: dict) -> Example:
         for name, given in (("id", question), ("question", question), ("context", paragraph)):
-            if name not in given:
+            if not isinstance(given, dict) or name not in given:
                 raise DataError(f"{self._path}: not in the form of SQuAD: no {name} in {shown(given)}")
         values = {"question": question["question"], "context": paragraph["context"], "id": question["id"]}
         if self._labelled or self._labelled is None and "answers" in question:

@@ -135,7 +135,8 @@ def _written(
             config = EncoderConfig.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{path or source.prefix}: {error}") from None
-        model = _model(config, {_renamed(name, family): _turned(name, own[name]) for name in own}, source)
+        where = f"TensorFlow checkpoint {source.prefix}" + ("" if path is None else f" ({path.name})")
+        model = _model(config, {_renamed(name, family): _turned(name, own[name]) for name in own}, where)
         model.save_pretrained(folder)
         yield Converted(folder, type(model), config, act)
 
@@ -214,7 +215,7 @@ def _turned(name: str, tensor: Tensor) -> Tensor:
     return tensor.t().contiguous() if name.endswith("/kernel") and tensor.dim() == 2 else tensor
 
 
-def _model(config: EncoderConfig, tensors: dict[str, Tensor], source: TensorflowCheckpoint):
+def _model(config: EncoderConfig, tensors: dict[str, Tensor], source: str):
     def there(*prefixes: str) -> bool:
         return any(name.startswith(prefixes) for name in tensors)
 
@@ -224,7 +225,7 @@ def _model(config: EncoderConfig, tensors: dict[str, Tensor], source: Tensorflow
         task = "pretraining"
     with torch.device("meta"):
         model = model_class(config.model_type, task)(config)
-    checkpoint.fill(model, tensors, f"TensorFlow checkpoint {source.prefix}")
+    checkpoint.fill(model, tensors, source)
     return model
 
 
