@@ -199,7 +199,8 @@ class EncoderConfig:
             expected = (typing.get_args(field.type) or (field.type,))[0]
             if type(value) is not expected and not (expected is float and type(value) is int):
                 raise ConfigError(
-                    f"config key {field.name!r} = {shown(value)} is a {type(value).__name__}; expected {expected.__name__}"
+                    f"config key {field.name!r} = {shown(value)} is a {type(value).__name__}; expected "
+                    f"{expected.__name__}"
                 )
             smallest = 0 if field.name == "pad_token_id" else 1
             if expected is int and value < smallest:
@@ -221,7 +222,8 @@ class EncoderConfig:
                 )
         if self.hidden_act not in ACTIVATIONS:
             raise ConfigError(
-                f"config key 'hidden_act' = {shown(self.hidden_act)} is unknown; expected one of {', '.join(ACTIVATIONS)}"
+                f"config key 'hidden_act' = {shown(self.hidden_act)} is unknown; expected one of "
+                f"{', '.join(ACTIVATIONS)}"
             )
 
     def _validate_together(self):

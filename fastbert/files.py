@@ -45,8 +45,8 @@ def read_json(path: str | PathLike, error: type[FastBertError]) -> dict:
 
 
 def parse_json(text: str, where: str | PathLike, error: type[FastBertError]):
-    """What a JSON text says. An error, with `where` it stands, is also what could not be read again as it is: a key that
-    is there twice, or half of a surrogate pair.
+    """What a JSON text says. Errors, with `where` it stands, are also a key that is there twice and half of a surrogate
+    pair, which no file can hold.
     """
     try:
         content = json.loads(text, object_pairs_hook=_once)

@@ -48,7 +48,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
-        raise CheckpointError(f"weights file {path} is damaged or not safetensors: {error}") from None
+        raise CheckpointError(f"weights file {path} is damaged or not safetensors: {str(error)[:300]}") from None
 
 
 def read_bin(path: Path) -> dict[str, Tensor]:
@@ -112,9 +112,8 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
                     f"tensor {tensor_name} is in {owner[tensor_name]} and in {name}; expected it once"
                 )
             if files.get(tensor_name) != name:
-                raise CheckpointError(
-                    f"tensor {tensor_name} is in {path}; index file {index} names {shown(files.get(tensor_name))} for it"
-                )
+                known = shown(files.get(tensor_name))
+                raise CheckpointError(f"tensor {tensor_name} is in {path}; index file {index} names {known} for it")
             tensors[tensor_name], owner[tensor_name] = tensor, name
     if absent := sorted(set(files) - set(tensors)):
         raise CheckpointError(f"model folder {index.parent} lacks tensors that {index.name} names: {listed(absent)}")
@@ -127,10 +126,14 @@ def _files(index: Path) -> dict[str, str]:
         raise CheckpointError(f"index file {index} has the weight_map {shown(files)}; expected files by tensor")
     for tensor, name in files.items():
         if not isinstance(name, str):
-            raise CheckpointError(f"index file {index} has {shown(name)} for the tensor {tensor}; expected a file name")
+            raise CheckpointError(
+                f"index file {index}: weight_map has {shown(name)} for {tensor}; expected a file name"
+            )
     return files
 
 
 def listed(names: list[str], most: int = 8) -> str:
     """The first names, and how many there are besides."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(name if len(name) <= 120 else f"{name[:117]}..." for name in names[:most]) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )

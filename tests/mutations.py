@@ -1,10 +1,11 @@
-"""What disks, transfers, editors and programs do to files, drawn from a seed: bytes of any file, lines of text, values of
-JSON and YAML.
+"""What disks, transfers, editors and programs do to files, drawn from a seed: to bytes of any file, to lines of text,
+to values of JSON and YAML.
 """
 
 import json
 import random
 import re
+from itertools import pairwise
 from typing import NamedTuple
 
 import yaml
@@ -15,8 +16,8 @@ MANY = 8_000  # characters of very many lines or words
 
 
 class Mutation(NamedTuple):
-    """A mutated file. data: its content, None where a folder stands in its place; fields: of a value that was changed in
-    a file that is still one of its format, the keys that lead to it."""
+    """A mutated file. data: its content, None where a folder stands in its place; fields: the keys that lead to a value
+    that was changed, where the file is still one of its format."""
 
     name: str
     data: bytes | None
@@ -203,12 +204,8 @@ def _invalid_utf8(data, rng):
 
 
 def _long_line(data, rng):
-    at = _place(data, rng)
-    return (
-        data[:at]
-        + (rng.choice([b"a", b"1", b"-", b"\0", "中".encode(), "👍".encode(), b'"']) * LONG)[:LONG]
-        + data[at:]
-    )
+    at, character = _place(data, rng), rng.choice([b"a", b"1", b"-", "中".encode(), "👍".encode(), b'"'])
+    return data[:at] + character * (LONG // len(character)) + data[at:]
 
 
 def _many_words(data, rng):
@@ -322,9 +319,7 @@ _BEYOND_YAML = [
         '"\\z"',
         "!!omap [x]",
     ),
-    "[&a [1], "
-    + ", ".join(f"&{b} [*{a}, *{a}, *{a}]" for a, b in zip("abcdefghijklmnopqrstuvw", "bcdefghijklmnopqrstuvwx"))
-    + "]",
+    "[&a [1], " + ", ".join(f"&{b} [*{a}, *{a}, *{a}]" for a, b in pairwise("abcdefghijklmnopqrstuvwx")) + "]",
     *(
         "&a [*a]",
         "{<<: 3}",

@@ -313,7 +313,7 @@ def test_another_tokenizer_is_refused_by_fingerprint(folder, tokenizer, text_fil
 
 def test_a_split_that_is_not_there_is_named(text_file, tokenizer, tmp_path):
     prepare(text_file, tokenizer, tmp_path / "out", progress=False)
-    with pytest.raises(DataError, match="no split 'validation', expected one of 'train'"):
+    with pytest.raises(DataError, match="splits has no 'validation', expected one of 'train'"):
         Corpus.open(tmp_path / "out", "validation")
 
 

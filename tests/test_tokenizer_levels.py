@@ -632,7 +632,7 @@ def test_missing_special_tokens_are_named_with_their_file(trained, tmp_path):
     vocab = json.loads((tmp_path / "vocab.json").read_text())
     del vocab["<mask>"]
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    with pytest.raises(DataError, match="vocab.json: the vocabulary of 3.. tokens has no mask_token '<mask>'"):
+    with pytest.raises(DataError, match="vocab.json.*: the vocabulary of 3.. tokens has no mask_token '<mask>'"):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(MissingFileError, match="vocab.json with merges.txt, or spiece.model"):
@@ -641,7 +641,11 @@ def test_missing_special_tokens_are_named_with_their_file(trained, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"h\xff e\n", "merges.txt: invalid UTF-8"), (b"h e l\n", "'h e l' is no merge"), (b"h zzz\n", "'h zzz' is no merge")],
+    [
+        (b"h\xff e\n", "merges.txt: invalid UTF-8"),
+        (b"h e l\n", "'h e l' is no merge"),
+        (b"h zzz\n", "'h zzz' is no merge"),
+    ],
 )
 def test_damaged_merges_are_named(trained, tmp_path, content, message):
     trained["bpe"].save_pretrained(tmp_path)

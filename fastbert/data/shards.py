@@ -119,9 +119,8 @@ class Corpus:
         folder = Path(folder)
         manifest = read_manifest(folder)
         if split not in manifest["splits"]:
-            raise DataError(
-                f"{folder / MANIFEST}: splits has no {split!r}, expected one of {', '.join(map(shown, manifest['splits']))}"
-            )
+            known = ", ".join(map(shown, manifest["splits"]))
+            raise DataError(f"{folder / MANIFEST}: splits has no {split!r}, expected one of {known}")
         infos = _shard_infos(folder / MANIFEST, manifest, split)
         for info in infos:
             _check_size(folder / info.file, info)

@@ -105,9 +105,9 @@ class SimilarWords(Mapping):
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
         header = _HEADER.fullmatch(lines[0].decode(errors="replace").rstrip("\r"))
         if header is None:
-            shown = lines[0][:60].decode(errors="replace")
+            first = lines[0][:60].decode(errors="replace")
             raise DataError(
-                f"{path}:1: {shown!r} is not the first line of a table: '# {FORMAT}, version {VERSION}: ...'"
+                f"{path}:1: {first!r} is not the first line of a table: '# {FORMAT}, version {VERSION}: ...'"
             )
         if header[1] != str(VERSION):
             raise DataError(f"{path}:1: the version of the table is {shown(header[1])}, expected {VERSION}")
@@ -342,7 +342,8 @@ def _fault(word: str, similar: Sequence[str]) -> str | None:
             return f"{shown(name)} is no word: it is empty, or has white space at an end or a tab or line break within"
     for name in similar:
         if name in seen:
-            return f"{shown(name)} is {'its own similar word' if name == word else 'there twice'}, expected other words, once"
+            how = "its own similar word" if name == word else "there twice"
+            return f"{shown(name)} is {how}, expected other words, once"
         seen.add(name)
     return None
 

@@ -1,10 +1,11 @@
 """Reads a SentencePiece model file (`spiece.model`): a protocol buffer of pieces with scores, without its library."""
 
+import math
 import struct
 from pathlib import Path
 from typing import NamedTuple
 
-from fastbert.errors import DataError
+from fastbert.errors import DataError, shown
 from fastbert.wire import fields
 
 _UNIGRAM = 1
@@ -34,10 +35,10 @@ def read_spiece(path: Path) -> SentencePieceModel:
     if prefix != 1:
         raise DataError(f"{path}: add_dummy_prefix is {prefix}, expected 1 (a space before a text)")
     if not isinstance(unk_id, int) or not unk_id < len(pieces):
-        raise DataError(f"{path}: unk_id is {unk_id!r}, expected the id of one of {len(pieces)} pieces")
+        raise DataError(f"{path}: unk_id is {shown(unk_id)}, expected the id of one of {len(pieces)} pieces")
     charsmap = normalizer.get(2) or None
     if charsmap is not None and not isinstance(charsmap, bytes):
-        raise DataError(f"{path}: precompiled_charsmap is {charsmap!r}, expected bytes")
+        raise DataError(f"{path}: precompiled_charsmap is {shown(charsmap)}, expected bytes")
     return SentencePieceModel(pieces, unk_id, charsmap)
 
 
@@ -45,5 +46,8 @@ def _piece(message: bytes) -> tuple[str, float]:
     parts = dict(fields(message))
     text, score = parts.get(1), parts.get(2, b"\0\0\0\0")
     if not isinstance(text, bytes) or not isinstance(score, bytes) or len(score) != 4:
-        raise ValueError(f"a piece is {message!r}, expected text and a 32-bit score")
-    return text.decode(), struct.unpack("<f", score)[0]
+        raise ValueError(f"a piece is {shown(message)}, expected text and a 32-bit score")
+    number = struct.unpack("<f", score)[0]
+    if not math.isfinite(number):
+        raise ValueError(f"the score of {shown(text)} is {number}, expected a finite number")
+    return text.decode(), number

@@ -194,10 +194,8 @@ def _from_wordpiece(path: Path, names: dict[str, str], options: dict) -> tokeniz
     config = _parts(path)
     prefix, unknown = config["model"].get("continuing_subword_prefix"), config["model"].get("unk_token")
     if (prefix, unknown) != ("##", names["unk_token"]):
-        raise DataError(
-            f"{path}: the model has the continuing_subword_prefix {shown(prefix)} and the unk_token {shown(unknown)}, expected '##', "
-            f"{names['unk_token']!r}"
-        )
+        given = f"continuing_subword_prefix {shown(prefix)} and unk_token {shown(unknown)}"
+        raise DataError(f"{path}: the model has {given}, expected '##' and {names['unk_token']!r}")
     config["normalizer"].update(options)
     return _restored(path, config)
 
@@ -210,10 +208,17 @@ def _from_bpe(path: Path, names: dict[str, str], options: dict) -> tokenizers.To
             raise DataError(f"{path}: {field} of the model is {shown(model[field])}, expected none")
     if not bytes_of.get("use_regex", True):
         raise DataError(f"{path}: use_regex of the pre_tokenizer is false, expected true")
-    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    merges = [_merge(path, merge) for merge in model["merges"]]
     options = {"add_prefix_space": bytes_of["add_prefix_space"], **options}
     rebuilt = json.loads(bpe_backend(model["vocab"], merges, unk_token=names["unk_token"], **options).to_str())
     return _restored(path, rebuilt | {"added_tokens": config.get("added_tokens", [])})
+
+
+def _merge(path: Path, merge) -> tuple[str, str]:
+    pieces = merge.split(" ") if isinstance(merge, str) else merge
+    if not isinstance(pieces, list) or len(pieces) != 2 or not all(isinstance(piece, str) for piece in pieces):
+        raise DataError(f"{path}: merges of the model has {shown(merge)}, expected two pieces")
+    return pieces[0], pieces[1]
 
 
 def _from_unigram(path: Path, names: dict[str, str], options: dict) -> tokenizers.Tokenizer:
@@ -242,7 +247,7 @@ def _restored(path: Path, config: dict) -> tokenizers.Tokenizer:
         return restore(json.dumps(config))
     except Exception as error:
         nothing = {"version": "1.0", "added_tokens": []}
-        nothing |= dict.fromkeys(("truncation", "padding", "post_processor", "decoder"))
+        nothing |= dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
         for part in nothing:
             if _restores(config | {part: nothing[part]}):
                 raise DataError(f"{path}: {part} is {shown(config.get(part))}: {_reason(error)}") from error
@@ -277,8 +282,11 @@ def _check_ids(path: Path, vocab: dict) -> None:
             raise DataError(f"{path}: the id of {shown(token)} is {shown(index)}, expected a number from 0 on")
 
 
-def _check_vocab(path: Path, model: dict) -> None:
+def _check_model(path: Path, model: dict) -> None:
     """DataError unless the vocabulary of a model in a tokenizer.json is of the kind of the model."""
+    longest = model.get("max_input_chars_per_word", 100)
+    if type(longest) is not int or longest < 0:
+        raise DataError(f"{path}: max_input_chars_per_word of the model is {shown(longest)}, expected a count")
     vocab, scored = model.get("vocab"), model["type"] == "Unigram"
     if not isinstance(vocab, list if scored else dict):
         kind = "pieces with their scores" if scored else "ids by token"
@@ -307,8 +315,8 @@ def _parts(path: Path) -> dict:
             kind = [one.get("type") for one in steps if isinstance(one, dict)] if isinstance(steps, list) else steps
         if kind != expected:
             raise DataError(
-                f"{path}: the {part} is {shown(kind)}, expected {expected!r}: only tokenizers of BERT, RoBERTa, ALBERT and "
-                "RoFormer are supported"
+                f"{path}: the {part} is {shown(kind)}, expected {expected!r}: only tokenizers of BERT, RoBERTa, "
+                "ALBERT and RoFormer are supported"
             )
     return config
 
@@ -324,7 +332,7 @@ def _read_full(path: Path) -> dict:
     kind = model.get("type") if isinstance(model, dict) else model
     if kind not in tuple(_PARTS):
         raise DataError(f"{path}: the model is {shown(kind)}, expected one of {', '.join(map(repr, _PARTS))}")
-    _check_vocab(path, model)
+    _check_model(path, model)
     return config
 
 

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 
 from fastbert.config import nearest
-from fastbert.errors import ConfigError, DataError, MissingFileError, shown
+from fastbert.errors import ConfigError, DataError, shown
 from fastbert.files import parse_json, read_bytes
 
 # The names under which a column is found if none is given, the first that is there.

@@ -121,9 +121,8 @@ def read_task(folder: Path) -> Task:
     kinds = typing.get_type_hints(TASKS[task].__init__)
     for name, value in settings.items():
         if name not in kinds or not _is_of(value, kinds[name]):
-            raise CheckpointError(
-                f"{path}: settings has {shown(name)} = {shown(value)}, which does not fit the task {task}"
-            )
+            given = f"settings has {shown(name)} = {shown(value)}"
+            raise CheckpointError(f"{path}: {given}, which does not fit the task {task}")
     tokenizer = Tokenizer.from_pretrained(folder)
     try:
         return TASKS[task](tokenizer, **settings)

@@ -38,7 +38,10 @@ class Options:
     def from_dict(cls, values: dict, source: str = "config"):
         """The options with `values` set; errors of `check`."""
         cls.check(values, source)
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
 
     @classmethod
     def check(cls, values: dict, source: str = "config") -> None:
