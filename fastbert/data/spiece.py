@@ -5,10 +5,13 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from fastbert.errors import DataError, shown
 from fastbert.wire import fields
 
 _UNIGRAM = 1
+_BLOCK = 256
 
 
 class SentencePieceModel(NamedTuple):
@@ -37,9 +40,29 @@ def read_spiece(path: Path) -> SentencePieceModel:
     if not isinstance(unk_id, int) or not unk_id < len(pieces):
         raise DataError(f"{path}: unk_id is {shown(unk_id)}, expected the id of one of {len(pieces)} pieces")
     charsmap = normalizer.get(2) or None
-    if charsmap is not None and not isinstance(charsmap, bytes):
-        raise DataError(f"{path}: precompiled_charsmap is {shown(charsmap)}, expected bytes")
+    if charsmap is not None and not is_charsmap(charsmap):
+        raise DataError(f"{path}: precompiled_charsmap is {shown(charsmap)}, expected a trie and its texts")
     return SentencePieceModel(pieces, unk_id, charsmap)
+
+
+def is_charsmap(data) -> bool:
+    """Whether each look-up in what a normaliser replaces ends at a text: tokenizers would look outside of it, and panic.
+
+    The bytes of the trie; the trie, 32-bit units of Darts-clone's double array in blocks of 256; the texts, each with a
+    NUL behind it. Bit 31 of a unit: a value; bits 0 to 7: the byte that leads to it; 8: the unit at its base is a value;
+    9: the offset, which is bits 10 to 30, is times 256. The base is the place of the unit, exclusive or the offset.
+    """
+    size = int.from_bytes(data[:4], "little") if isinstance(data, bytes) else 0
+    if not size or size % (4 * _BLOCK) or size + 4 >= len(data):
+        return False
+    units = np.frombuffer(data, "<u4", size // 4, 4).astype(np.int64)
+    texts = np.frombuffer(data, np.uint8, offset=4 + size)
+    inner = units >> 31 == 0
+    base = np.arange(len(units)) ^ units >> 10 << ((units & 1 << 9) >> 6)
+    if not inner[0] or (base[inner] >= len(units)).any():
+        return False
+    begin = units[base[inner & (units >> 8 & 1 == 1)]] & (1 << 31) - 1
+    return bool((begin < len(texts)).all() and (texts[begin] >> 6 != 0b10).all())  # at no later byte of a character
 
 
 def _piece(message: bytes) -> tuple[str, float]:

@@ -17,7 +17,7 @@ from fastbert.data.backends import (
     restore,
     unigram_backend,
 )
-from fastbert.data.spiece import read_spiece
+from fastbert.data.spiece import is_charsmap, read_spiece
 from fastbert.errors import DataError, MissingFileError, shown
 from fastbert.files import read_json, read_text
 
@@ -232,7 +232,12 @@ def _from_unigram(path: Path, names: dict[str, str], options: dict) -> tokenizer
         )
     pieces = [(piece, score) for piece, score in model["vocab"]]
     _check_unknown(path, pieces, model["unk_id"], names)
+    steps = config["normalizer"].get("normalizers")
+    if not isinstance(steps, list) or not all(isinstance(step, dict) and "type" in step for step in steps):
+        raise DataError(f"{path}: normalizers of the normalizer is {shown(steps)}, expected steps with their type")
     options = {**_unigram_options(config["normalizer"]), **options}
+    if options["charsmap"] is not None and not is_charsmap(options["charsmap"]):
+        raise DataError(f"{path}: precompiled_charsmap of the normalizer is not a trie and its texts")
     rebuilt = json.loads(unigram_backend(pieces, unk_id=model["unk_id"], **options).to_str())
     usual = json.loads(unigram_backend([("", 0.0)], unk_id=0).to_str())["normalizer"]["normalizers"]
     for step in config["normalizer"]["normalizers"]:
