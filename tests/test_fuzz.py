@@ -384,6 +384,10 @@ def settings(values):
     return lambda folder: put(folder, "a.yaml", yaml.safe_dump(values, sort_keys=False))
 
 
+def load_recipe(folder):
+    Recipe.load(str(folder / "a.yaml"))
+
+
 def options(*kinds):
     return lambda folder: _settings(argparse.Namespace(config=folder / "a.yaml"), *kinds)
 
@@ -577,7 +581,8 @@ READERS = [
     Reader("checkpoint state", f"{CHECKPOINT}/state.json", "json", training, at(CHECKPOINT, resume.read_state)),
     Reader("moments", f"{CHECKPOINT}/optimizer.safetensors", "bytes", training, load_moments),
     Reader("log", "log.jsonl", "lines", log, read_journal, least=0.0),
-    Reader("recipe", "a.yaml", "yaml", settings(RECIPE), lambda f: Recipe.load(str(f / "a.yaml"))),
+    Reader("recipe", "a.yaml", "yaml", settings(RECIPE), load_recipe),
+    Reader("recipe of another", "a.yaml", "yaml", settings(RECIPE | {"extends": "roberta-base"}), load_recipe),
     Reader("pretrain options", "a.yaml", "yaml", settings(OPTIONS), options(RecipeOptions, PretrainConfig)),
     Reader("finetune options", "a.yaml", "yaml", settings(TUNING), options(DemoOptions, FinetuneConfig)),
     examples("classification", ".csv", CSV),

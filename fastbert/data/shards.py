@@ -183,7 +183,8 @@ def read_manifest(folder: Path) -> dict:
     tokenizer = _field(path, manifest, "tokenizer", dict)
     _field(path, tokenizer, "fingerprint", str)
     _field(path, tokenizer, "vocab_size", int)
-    _field(path, manifest, "splits", dict)
+    for name in ("splits", "settings"):
+        _field(path, manifest, name, dict)
     return manifest
 
 

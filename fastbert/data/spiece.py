@@ -46,11 +46,12 @@ def read_spiece(path: Path) -> SentencePieceModel:
 
 
 def is_charsmap(data) -> bool:
-    """Whether each look-up in what a normaliser replaces ends at a text: tokenizers would look outside of it, and panic.
+    """Whether each look-up in what a normaliser replaces ends at a text: else tokenizers would look outside, and panic.
 
-    The bytes of the trie; the trie, 32-bit units of Darts-clone's double array in blocks of 256; the texts, each with a
-    NUL behind it. Bit 31 of a unit: a value; bits 0 to 7: the byte that leads to it; 8: the unit at its base is a value;
-    9: the offset, which is bits 10 to 30, is times 256. The base is the place of the unit, exclusive or the offset.
+    It is the size of the trie in bytes, the trie, and the texts, each with a NUL behind it. The trie is a double array
+    of Darts-clone: 32-bit units in blocks of 256. Bit 31 of a unit: it is the place of a text; bits 0 to 7: the byte
+    that leads to it; 8: at its base is the place of a text; 9: the offset, bits 10 to 30, counts 256 times. The base is
+    where the unit is, exclusive or the offset; its children are in the block of it.
     """
     size = int.from_bytes(data[:4], "little") if isinstance(data, bytes) else 0
     if not size or size % (4 * _BLOCK) or size + 4 >= len(data):

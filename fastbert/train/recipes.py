@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastbert.config import EncoderConfig, nearest
 from fastbert.errors import ConfigError, MissingFileError, shown
+from fastbert.files import is_plain_name
 from fastbert.train.config import Options, PretrainConfig, TextOptions
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -99,6 +100,8 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
             raise ConfigError(f"recipe {path}: {key} is {shown(value)}, expected a {expected.__name__}")
     base = values.pop("extends", None)
     if base is not None:
+        if not is_plain_name(f"{base}.yaml"):
+            raise ConfigError(f"recipe {path}: extends is {shown(base)}, expected the name of a recipe")
         beside = path.parent / f"{base}.yaml"
         below = beside if beside.is_file() and beside.resolve() != path.resolve() else FOLDER / f"{base}.yaml"
         if below.resolve() in (path.resolve(), *seen):
