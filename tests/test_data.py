@@ -336,7 +336,7 @@ def test_a_shard_of_another_shape_is_refused(folder):
         ({"version": 9}, "format version 9, expected 1"),
         ({"tokenizer": None}, "field 'tokenizer' is None"),
         ({"splits": {"train": {"shards": []}}}, "'train' has no shards"),
-        ({"splits": {"train": {"shards": [{"file": "x"}]}}}, "field 'rows' is None"),
+        ({"splits": {"train": {"shards": [{"file": "x"}]}}}, "field 'splits.train.shards.rows' is None"),
         (
             {"splits": {"train": {"shards": [{"file": "../x", "rows": 1, "tokens": 1, "bytes": 1, "sha256": ""}]}}},
             "expected a name in its folder",

@@ -181,8 +181,8 @@ def read_manifest(folder: Path) -> dict:
     if manifest.get("version") != VERSION:
         raise DataError(f"{path} has format version {shown(manifest.get('version'))}, expected {VERSION}")
     tokenizer = _field(path, manifest, "tokenizer", dict)
-    _field(path, tokenizer, "fingerprint", str)
-    _field(path, tokenizer, "vocab_size", int)
+    _field(path, tokenizer, "fingerprint", str, "tokenizer.")
+    _field(path, tokenizer, "vocab_size", int, "tokenizer.")
     for name in ("splits", "settings"):
         _field(path, manifest, name, dict)
     return manifest
@@ -203,19 +203,22 @@ def _reopen(folder: Path, split: str) -> Corpus:
     return Corpus.open(folder, split, verify=False)
 
 
-def _field(path: Path, content: dict, name: str, kind: type):
+def _field(path: Path, content: dict, name: str, kind: type, above: str = ""):
     value = content.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise DataError(f"{path}: the field {name!r} is {shown(value)}, expected a value of type {kind.__name__}")
+        raise DataError(
+            f"{path}: the field {above + name!r} is {shown(value)}, expected a value of type {kind.__name__}"
+        )
     return value
 
 
 def _shard_infos(path: Path, manifest: dict, split: str) -> list[ShardInfo]:
-    infos = []
-    for entry in _field(path, _field(path, manifest["splits"], split, dict), "shards", list):
+    infos, above = [], f"splits.{split}."
+    kinds = ShardInfo.__annotations__
+    for entry in _field(path, _field(path, manifest["splits"], split, dict, "splits."), "shards", list, above):
         if not isinstance(entry, dict):
-            raise DataError(f"{path}: a shard of {split!r} is {shown(entry)}, expected an object")
-        info = ShardInfo(**{name: _field(path, entry, name, kind) for name, kind in ShardInfo.__annotations__.items()})
+            raise DataError(f"{path}: one of {above}shards is {shown(entry)}, expected an object")
+        info = ShardInfo(**{name: _field(path, entry, name, kind, f"{above}shards.") for name, kind in kinds.items()})
         if not is_plain_name(info.file):
             raise DataError(f"{path}: the file of a shard is {shown(info.file)}, expected a name in its folder")
         infos.append(info)

@@ -110,7 +110,7 @@ class SimilarWords(Mapping):
                 f"{path}:1: {first!r} is not the first line of a table: '# {FORMAT}, version {VERSION}: ...'"
             )
         if header[1] != str(VERSION):
-            raise DataError(f"{path}:1: the version of the table is {shown(header[1])}, expected {VERSION}")
+            raise DataError(f"{path}:1: the version of the table is {header[1][:40]}, expected {VERSION}")
         similar, line_of, names = {}, {}, {}  # names: one str for each word, however often it stands
         for number, raw in enumerate(lines[1:], 2):
             if not raw.strip():

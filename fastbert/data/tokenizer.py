@@ -165,7 +165,7 @@ class Tokenizer:
         except DataError as error:
             config = Path(folder) / "tokenizer_config.json"
             raise DataError(f"{path}{f', with {config}' if config.is_file() else ''}: {error}") from error
-        tokenizer._check_added_tokens(folder)
+        tokenizer._check_added_tokens(path)
         return tokenizer
 
     def save_pretrained(self, folder: str | PathLike) -> None:
@@ -351,15 +351,15 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"Tokenizer(level {self.level!r}, {self.vocab_size} tokens, fingerprint {self.fingerprint[:12]})"
 
-    def _check_added_tokens(self, folder: Path) -> None:
-        """DataError unless this tokenizer adds all tokens that files beside the vocabulary add to it."""
+    def _check_added_tokens(self, source: Path) -> None:
+        """DataError unless this tokenizer adds all tokens that files beside its vocabulary, in `source`, add to it."""
         known = {added.content: index for index, added in self._backend.get_added_tokens_decoder().items()}
-        for path, added in read_added_tokens(folder):
+        for where, added in read_added_tokens(source.parent):
             missing = [token for token, index in added.items() if known.get(token) != index]
             if missing:
-                full, names = folder / "tokenizer.json", ", ".join(map(shown, missing[:8]))
+                full, names = source.parent / "tokenizer.json", ", ".join(map(shown, missing[:8]))
                 raise DataError(
-                    f"{path} adds the tokens {names}, expected them in {full} too: load the folder with AutoTokenizer "
+                    f"{where} adds the tokens {names} to {source.name}, expected them in {full}: load the folder with AutoTokenizer "
                     "of transformers and save it, which writes that file"
                 )
 

@@ -55,17 +55,17 @@ def read_folder(folder: Path) -> tuple[Path, tokenizers.Tokenizer, dict[str, str
     return path, backend, names, "word" if word else level_of(json.loads(backend.to_str()))
 
 
-def read_added_tokens(folder: Path) -> Iterator[tuple[Path, dict[str, int]]]:
-    """The files that name tokens added to a vocabulary, and these with their ids."""
+def read_added_tokens(folder: Path) -> Iterator[tuple[str, dict[str, int]]]:
+    """The files, and places in them, that name tokens added to a vocabulary, and these with their ids."""
     path = folder / "added_tokens.json"
     if path.exists():
-        yield path, read_json(path, DataError)
+        yield str(path), read_json(path, DataError)
     path, added = folder / _CONFIG, _read_config(folder).get("added_tokens_decoder", {})
     try:
         tokens = {token["content"]: int(index) for index, token in added.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: added_tokens_decoder is {shown(added)}, expected tokens by their ids") from error
-    yield path, tokens
+    yield f"{path}: added_tokens_decoder", tokens
 
 
 def write_folder(
@@ -296,6 +296,8 @@ def _check_model(path: Path, model: dict) -> None:
     if not isinstance(vocab, list if scored else dict):
         kind = "pieces with their scores" if scored else "ids by token"
         raise DataError(f"{path}: vocab of the model is {shown(vocab)}, expected {kind}")
+    if model["type"] == "BPE" and not isinstance(model.get("merges"), list):
+        raise DataError(f"{path}: merges of the model is {shown(model.get('merges'))}, expected pairs of pieces")
     if not scored:
         return _check_ids(path, vocab)
     for piece in vocab:

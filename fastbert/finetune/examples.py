@@ -301,8 +301,8 @@ class _Reader:
         tree = parse_json(text, self._path, DataError)
         for at, article in self._branches(tree, "data"):
             for there, paragraph in self._branches(article, "paragraphs", f"{at}."):
-                for _, question in self._branches(paragraph, "qas", f"{there}."):
-                    yield self._asked(question, paragraph)
+                for here, question in self._branches(paragraph, "qas", f"{there}."):
+                    yield self._asked(question, here, paragraph, there)
 
     def _branches(self, tree, name: str, above: str = "") -> Iterator[tuple[str, dict]]:
         """What SQuAD's tree has under a name, each with its place."""
@@ -312,10 +312,11 @@ class _Reader:
             raise DataError(f"{self._path}: not in the form of SQuAD: {given}, expected a list of objects")
         return ((f"{above}{name}[{number}]", branch) for number, branch in enumerate(found))
 
-    def _asked(self, question, paragraph: dict) -> Example:
-        for name, given in (("id", question), ("question", question), ("context", paragraph)):
+    def _asked(self, question, here: str, paragraph: dict, there: str) -> Example:
+        parts = (("id", question, here), ("question", question, here), ("context", paragraph, there))
+        for name, given, place in parts:
             if not isinstance(given, dict) or name not in given:
-                raise DataError(f"{self._path}: not in the form of SQuAD: no {name} in {shown(given)}")
+                raise DataError(f"{self._path}: not in the form of SQuAD: no {name} in {place}, {shown(given)}")
         values = {"question": question["question"], "context": paragraph["context"], "id": question["id"]}
         if self._labelled or self._labelled is None and "answers" in question:
             values["answers"] = question.get("answers")

@@ -1,5 +1,6 @@
 """What can be set: flat, typed option classes. `--help`, YAML files and keyword arguments all read these fields."""
 
+import contextlib
 import math
 import types
 import typing
@@ -428,13 +429,12 @@ def _checked(entry, value):
 def _checked_scalar(entry, kind: type, value):
     limits, name = entry.metadata, entry.name
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:  # YAML reads 1e-4 as a string
-            value = float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(value)  # YAML reads 1e-4 as a string
     if kind is str and isinstance(value, Path):
         value = str(value)
-    if type(value) is not kind or kind is float and not math.isfinite(value):
+    named = kind is not dict or type(value) is dict and all(isinstance(key, str) for key in value)
+    if type(value) is not kind or kind is float and not math.isfinite(value) or not named:
         raise ConfigError(f"{name} is {shown(value)} ({type(value).__name__}), expected {kind.__name__}")
     if limits["choices"] and value not in limits["choices"]:
         known = [choice for choice in limits["choices"] if choice is not None]

@@ -74,6 +74,7 @@ class Recipe:
         """The options of a phase, with changes: fields of the architecture are changed one by one, an `init` takes the
         place of the recipe's architecture, `epochs` that of its steps."""
         own = self.settings | {name: value for name, value in self.phases[number].items() if name != "name"}
+        PretrainConfig.check(own, f"recipe {self.name}")
         if changes.get("init"):
             own = {name: value for name, value in own.items() if name not in ("preset", "model")}
             own["variant"] = self.family
@@ -106,6 +107,8 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         below = beside if beside.is_file() and beside.resolve() != path.resolve() else FOLDER / f"{base}.yaml"
         if below.resolve() in (path.resolve(), *seen):
             raise ConfigError(f"recipe {path}: extends {base!r}, which extends it")
+        if not below.is_file():
+            raise MissingFileError(f"recipe {path}: extends {base!r}, but {below} does not exist")
         lower = _read(below, (*seen, path.resolve()))
         merged = {key: lower.get(key, {}) | values.get(key, {}) for key in _KINDS}
         values = lower | values | merged
