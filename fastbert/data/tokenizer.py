@@ -359,8 +359,8 @@ class Tokenizer:
             if missing:
                 full, names = source.parent / "tokenizer.json", ", ".join(map(shown, missing[:8]))
                 raise DataError(
-                    f"{where} adds the tokens {names} to {source.name}, expected them in {full}: load the folder with AutoTokenizer "
-                    "of transformers and save it, which writes that file"
+                    f"{where} adds the tokens {names}, which {source.name} has not under these ids; expected them in "
+                    f"{full}: load the folder with AutoTokenizer of transformers and save it, which writes that file"
                 )
 
     def _fingerprint(self) -> str:
