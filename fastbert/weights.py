@@ -4,6 +4,7 @@ through `weights_only`, which builds tensors and refuses all else before any of 
 
 import mmap
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,8 @@ def read_pickle(path: Path, classes: Sequence[type] = ()):
     try:
         with torch.serialization.safe_globals(list(classes)), _opened(path) as source:
             return torch.load(source, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a damaged or malicious file makes torch raise
         found = re.search(r"GLOBAL (\S+)", str(error))
         last = " ".join(str(error).strip().splitlines()[-1:])  # before it stands advice to read the file unsafely
@@ -76,10 +79,24 @@ def _opened(path: Path) -> Iterator[Path | mmap.mmap]:
     file it would take as much memory as some length in it says."""
     with open(path, "rb") as file:
         if file.read(len(_ARCHIVE)) == _ARCHIVE:
+            _check_archive(path)
             yield path
             return
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             yield data
+
+
+def _check_archive(path: Path) -> None:
+    """CheckpointError if more would come out of an archive than is in it: torch.save compresses nothing."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    for record in records:
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(
+                f"weights file {path} has the compressed record {shown(record.filename)}; expected none"
+            )
+    if (total := sum(record.file_size for record in records)) > path.stat().st_size:
+        raise CheckpointError(f"weights file {path} has records of {total} bytes in {path.stat().st_size}")
 
 
 def plain_tensors(content, path: Path) -> dict[str, Tensor]:

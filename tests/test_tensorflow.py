@@ -169,6 +169,12 @@ def written(folder, family, keep, **changes):
     return folder
 
 
+def test_an_index_that_repeats_long_keys(tmp_path):
+    write_checkpoint(tmp_path / "model", {"x" * 5000: np.zeros(2, np.float32)})
+    with pytest.raises(CheckpointError, match="model.index is damaged .*a key of 0 . 5000 bytes"):
+        TensorflowCheckpoint(tmp_path)
+
+
 def test_an_index_of_several_blocks_and_a_compressed_one(tmp_path):
     tensors = {f"layer_{index}": np.full((2, index + 1), index, np.float32) for index in range(40)}
     write_checkpoint(tmp_path / "model", tensors, blocks=4)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastbert.errors import DataError, shown
+from fastbert.files import read_bytes
 from fastbert.wire import fields
 
 _UNIGRAM = 1
@@ -26,7 +27,7 @@ class SentencePieceModel(NamedTuple):
 def read_spiece(path: Path) -> SentencePieceModel:
     """A unigram model that puts a space before a text, as ALBERT's. DataError: a damaged file, or another model."""
     try:
-        parts = list(fields(path.read_bytes()))
+        parts = list(fields(read_bytes(path, DataError)))
         pieces = [_piece(value) for number, value in parts if number == 1]
         trainer = dict(fields(b"".join(value for number, value in parts if number == 2)))
         normalizer = dict(fields(b"".join(value for number, value in parts if number == 3)))
