@@ -235,7 +235,10 @@ def _from_unigram(path: Path, names: dict[str, str], options: dict) -> tokenizer
     steps = config["normalizer"].get("normalizers")
     if not isinstance(steps, list) or not all(isinstance(step, dict) and "type" in step for step in steps):
         raise DataError(f"{path}: normalizers of the normalizer is {shown(steps)}, expected steps with their type")
-    options = {**_unigram_options(config["normalizer"]), **options}
+    try:
+        options = {**_unigram_options(config["normalizer"]), **options}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: precompiled_charsmap of the normalizer: {error}") from error
     if options["charsmap"] is not None and not is_charsmap(options["charsmap"]):
         raise DataError(f"{path}: precompiled_charsmap of the normalizer is not a trie and its texts")
     rebuilt = json.loads(unigram_backend(pieces, unk_id=model["unk_id"], **options).to_str())
