@@ -5,6 +5,7 @@ to values of JSON and YAML.
 import json
 import random
 import re
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -255,94 +256,69 @@ _OF_TEXT = [
 
 # What is put in the place of a value, as text. Python's modules cannot write all of it.
 _OF_JSON = [
-    *("null", "true", "0", "-1", "1.5", "1e308", "1e999", "NaN", "-Infinity", "1" + "0" * 30, "-" + "9" * 25),
-    *('""', '"x"', '"-1"', '"../x"', '"/x"', '"\\u0000"', '"' + "x" * LONG + '"', '" "', '"\\n"', '"."', '".."'),
-    *("[]", "{}", "[[]]", "[null]", '["x", "x"]', "[1, 2]", '{"": 1}', '{"x": {"x": [1]}}', "[" * 50 + "]" * 50),
-    "[" + "0, " * 2000 + "0]",
+    *"null true 0 -1 1.5 1e308 1e999 NaN -Infinity [] {} [[]] [null] [1,2]".split(),
+    *("1" + "0" * 30, "-" + "9" * 25, "[" * 50 + "]" * 50, "[" + "0, " * 2000 + "0]", '{"x": {"x": [1]}}', '{"": 1}'),
+    *(
+        '""',
+        '"x"',
+        '"-1"',
+        '"../x"',
+        '"/x"',
+        '"."',
+        '".."',
+        '" "',
+        '"\\n"',
+        '"\\u0000"',
+        f'"{"x" * LONG}"',
+        '["x", "x"]',
+    ),
 ]
 _BEYOND_JSON = [
-    "[" * DEEP + "]" * DEEP,
-    '{"x":' * DEEP + "1" + "}" * DEEP,
-    "9" * 5000,
-    '"\\ud800"',
-    "undefined",
-    "'x'",
-    "[1,]",
-    "01",
-    "{1: 2}",
+    *("[" * DEEP + "]" * DEEP, '{"x":' * DEEP + "1" + "}" * DEEP, "9" * 5000, '"\\ud800"'),
+    *("undefined", "'x'", "[1,]", "01", "{1: 2}"),
 ]
 _OF_YAML = [
+    *"null yes 0 -1 1.5 1e308 .nan -.inf '' x '1' '../x' /x [] {} [[]] [null] 2020-02-02 12:30:00 0o17".split(),
     *(
-        "null",
-        "yes",
-        "0",
-        "-1",
-        "1.5",
-        "1e308",
-        ".nan",
-        "-.inf",
         "1" + "0" * 30,
-        "''",
-        "x",
         "' '",
-        "'1'",
-        "[]",
-        "{}",
-        "[[]]",
+        "'\\0'",
+        '"\\0"',
+        '"\\uD800"',
+        "x" * MANY,
+        "[" * 20 + "]" * 20,
+        "[x, x]",
+        "{x: 1}",
+        "{1: 2}",
     ),
-    *("[null]", "[x, x]", "{x: 1}", "{1: 2}", "2020-02-02", "!!binary eHg=", "!!set {x}", "'\\0'", "12:30:00", "0o17"),
-    *("'../x'", "/x", '"\\uD800"', '"\\0"', "[" * 20 + "]" * 20, "x" * MANY),
+    *("!!binary eHg=", "!!set {x}"),
 ]
+_MANY_TIMES = ", ".join(f"&{b} [*{a}, *{a}, *{a}]" for a, b in pairwise("abcdefghijklmnopqrstuvwx"))
 _BEYOND_YAML = [
+    *("[" * DEEP, "9" * 5000, "0b_", "._", "2020-99-99", f"[&a [1], {_MANY_TIMES}]", "&a [*a]", "*nothing"),
+    *("@", "`", "%", "\t- x", "[a, b", "{a: b", "'", '"\\z"', "{<<: 3}", "{<<: [1]}", "{? [1] : 2}", "{? {} : 2}"),
     *(
-        "[" * DEEP,
-        "9" * 5000,
-        "0b_",
-        "._",
-        "2020-99-99",
         "!!int x",
         "!!float x",
         "!!timestamp x",
-        "!!python/none ''",
-        "!x y",
-    ),
-    *(
-        "*nothing",
-        "@",
-        "`",
-        "%",
-        "\t- x",
-        "!!python/object/apply:os.getcwd []",
-        "[a, b",
-        "{a: b",
-        "'",
-        '"\\z"',
-        "!!omap [x]",
-    ),
-    "[&a [1], " + ", ".join(f"&{b} [*{a}, *{a}, *{a}]" for a, b in pairwise("abcdefghijklmnopqrstuvwx")) + "]",
-    *(
-        "&a [*a]",
-        "{<<: 3}",
-        "{<<: [1]}",
-        "{? [1] : 2}",
-        "{? {} : 2}",
+        "!!null x",
         "!!map [1]",
         "!!seq {}",
         "!!pairs [1]",
-        "!!null x",
+        "!!omap [x]",
+        "!x y",
     ),
+    *("!!python/none ''", "!!python/object/apply:os.getcwd []"),
 ]
 _HOLE = "the hole of a value"
 
 
 def _changed_json(data: bytes, rng: random.Random) -> Mutation:
-    return _changed(
-        json.loads(data), rng, lambda content: json.dumps(content, ensure_ascii=False), _OF_JSON, _BEYOND_JSON
-    )
+    return _changed(json.loads(data), rng, partial(json.dumps, ensure_ascii=False), _OF_JSON, _BEYOND_JSON)
 
 
 def _changed_yaml(data: bytes, rng: random.Random) -> Mutation:
-    dump = lambda content: yaml.safe_dump(content, allow_unicode=True, sort_keys=False)  # noqa: E731
+    dump = partial(yaml.safe_dump, allow_unicode=True, sort_keys=False)
     return _changed(yaml.safe_load(data), rng, dump, _OF_YAML, _BEYOND_YAML)
 
 
@@ -392,14 +368,9 @@ def _drawn(rng: random.Random, values: list[str], beyond: list[str]) -> tuple[st
 
 
 def _path(content, rng: random.Random) -> list:
-    """The way to a value: of a large tree the upper ones are as likely as all below them."""
+    """The way to a value: upper ones of a large tree are as likely as all below them."""
     path = []
-    while (
-        isinstance(content, dict | list)
-        and content
-        and (not path and rng.random() < 0.97 or path and rng.random() < 0.7)
-    ):
-        key = rng.choice(list(content)) if isinstance(content, dict) else rng.randrange(len(content))
-        path.append(key)
-        content = content[key]
+    while isinstance(content, dict | list) and content and rng.random() < (0.7 if path else 0.97):
+        path.append(rng.choice(list(content)) if isinstance(content, dict) else rng.randrange(len(content)))
+        content = content[path[-1]]
     return path
