@@ -46,6 +46,7 @@ import torch
 
 import fastbert
 from fastbert.errors import DataError
+from fastbert.files import parse_json, read_text
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
@@ -92,13 +93,11 @@ def read(folder: Path) -> Iterator[dict]:
 
 def read_file(path: Path) -> Iterator[dict]:
     """The rows of a file. Raises DataError for a line that is none."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
-        missing = {"op", "provider", "status", "device", "commit", "date"} - set(row)
-        if missing:
+    for number, line in enumerate(read_text(path, DataError).splitlines(), 1):
+        row = parse_json(line, f"{path}, line {number}", DataError)
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: a JSON {type(row).__name__}, expected an object")
+        if missing := {"op", "provider", "status", "device", "commit", "date"} - set(row):
             raise DataError(f"{path}, line {number}: no {', '.join(sorted(missing))}")
         yield row
 

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastbert.config import nearest
-from fastbert.errors import CheckpointError, ConfigError, DataError, DtypeError, MissingFileError
+from fastbert.errors import CheckpointError, ConfigError, DataError, DtypeError, MissingFileError, shown
+from fastbert.files import read_json
 from fastbert.ports import translated
-from fastbert.weights import WEIGHTS, listed, read_tensors
+from fastbert.weights import WEIGHTS, listed, read_tensors, weights_file
 
 CONFIG = "config.json"
 
@@ -47,19 +48,13 @@ def architecture(folder) -> str | None:
     path = config_file(folder)
     names = read_config(path).get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"config file {path} has architectures {names!r}; expected a list of class names")
+        raise CheckpointError(f"config file {path} has architectures {shown(names)}; expected a list of class names")
     return names[0] if names else None
 
 
 def read_config(path: Path) -> dict:
     """The keys and values of a config file; `CheckpointError` if it is damaged."""
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"config file {path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"config file {path} holds a JSON {type(config).__name__}, expected an object")
-    return config
+    return read_json(path, CheckpointError)
 
 
 def new_folder(path) -> Path:
@@ -107,7 +102,8 @@ def load(
     encoder, or one of the wrong shape, is a `CheckpointError`; with new_heads a head of another shape counts as
     missing.
     """
-    fill(model, read_tensors(folder), f"model folder {folder}", dtype=dtype, device=device, new_heads=new_heads)
+    source = f"model folder {folder} ({CONFIG}, {weights_file(folder).name})"
+    fill(model, read_tensors(folder), source, dtype=dtype, device=device, new_heads=new_heads)
 
 
 def fill(
@@ -178,7 +174,7 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor], source: str, new_he
             state[name] = tensors[found]
     wrong += _untied(model, tensors, state)
     if wrong:
-        raise CheckpointError(f"{source} does not fit {type(model).__name__} with this config: " + "; ".join(wrong))
+        raise CheckpointError(f"{source} does not fit {type(model).__name__} with this config: " + "; ".join(wrong[:8]))
     unexpected = [name for name in tensors if name not in used and not _is_copy(name)]
     lost = [published for name, published in missing if _ENCODER.match(name)]
     if lost:

@@ -17,8 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
-import yaml
-
 from fastbert import backend, extension
 from fastbert.errors import ConfigError, FastBertError
 from fastbert.finetune.options import DemoOptions, FinetuneConfig, PredictConfig
@@ -34,6 +32,7 @@ from fastbert.train.config import (
     scalar_type,
 )
 from fastbert.train.recipes import recipes
+from fastbert.train.yaml_text import parse_yaml
 
 _INTERRUPTED = 130
 
@@ -178,7 +177,10 @@ def _assignment(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=VALUE")
-    return name, yaml.safe_load(value)
+    try:
+        return name, parse_yaml(value, name)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _settings(options: argparse.Namespace, *kinds: type) -> list[dict]:
@@ -195,7 +197,7 @@ def _settings(options: argparse.Namespace, *kinds: type) -> list[dict]:
         found = {name: values.pop(name) for name in _names(kind) & set(values)}
         own.update(found | own)
         kind.from_dict(own, f"config file {options.config}")
-    kinds[-1].check_keys(values, f"config file {options.config}")
+    kinds[-1].check(values, f"config file {options.config}")
     return [*given[:-1], values | given[-1]]
 
 

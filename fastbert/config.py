@@ -7,13 +7,13 @@ here; what a field means to the computation stands where it is used.
 
 import dataclasses
 import difflib
-import json
 import math
 import typing
 import warnings
 from dataclasses import dataclass
 
-from fastbert.errors import ConfigError, MissingFileError
+from fastbert.errors import ConfigError, shown
+from fastbert.files import read_json
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu", "silu", "swish")
@@ -101,6 +101,7 @@ _ONLY = {
 _LEFTOVERS = {"nezha": frozenset({"embedding_size", "num_hidden_groups", "inner_group_num"})}
 
 
+_LONGEST_NAME = 200  # that is taken for a misspelling
 _OPTIONAL = ("id2label", "problem_type", "classifier_dropout", "classifier_dropout_prob")
 _MOST = {"num_hidden_layers": 1024, "num_hidden_groups": 1024, "inner_group_num": 1024, "num_labels": 1 << 20}
 _PROBABILITIES = (
@@ -170,13 +171,13 @@ class EncoderConfig:
                 values[name] = value
             elif name not in _FIELDS:
                 raise ConfigError(
-                    f"unknown config key {name!r} = {value!r}{nearest(name, values)}; {model_type} has: "
+                    f"unknown config key {shown(name)} = {shown(value)}{nearest(name, values)}; {model_type} has: "
                     f"{', '.join(values)}"
                 )
             elif value is not None:
                 owners = ", ".join(family for family, base in BASE.items() if name in base)
                 raise ConfigError(
-                    f"config key {name!r} = {value!r} belongs to {owners}, not to model_type {model_type!r}"
+                    f"config key {name!r} = {shown(value)} belongs to {owners}, not to model_type {model_type!r}"
                 )
         if "embedding_size" in values and values["embedding_size"] is None:
             values["embedding_size"] = values["hidden_size"]
@@ -198,7 +199,8 @@ class EncoderConfig:
             expected = (typing.get_args(field.type) or (field.type,))[0]
             if type(value) is not expected and not (expected is float and type(value) is int):
                 raise ConfigError(
-                    f"config key {field.name!r} = {value!r} is a {type(value).__name__}; expected {expected.__name__}"
+                    f"config key {field.name!r} = {shown(value)} is a {type(value).__name__}; expected "
+                    f"{expected.__name__}"
                 )
             smallest = 0 if field.name == "pad_token_id" else 1
             if expected is int and value < smallest:
@@ -220,13 +222,14 @@ class EncoderConfig:
                 )
         if self.hidden_act not in ACTIVATIONS:
             raise ConfigError(
-                f"config key 'hidden_act' = {self.hidden_act!r} is unknown; expected one of {', '.join(ACTIVATIONS)}"
+                f"config key 'hidden_act' = {shown(self.hidden_act)} is unknown; expected one of "
+                f"{', '.join(ACTIVATIONS)}"
             )
 
     def _validate_together(self):
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise ConfigError(
-                f"config key 'problem_type' = {self.problem_type!r} is unknown; expected one of "
+                f"config key 'problem_type' = {shown(self.problem_type)} is unknown; expected one of "
                 f"{', '.join(PROBLEM_TYPES)}"
             )
         if self.id2label is not None and len(self.id2label) != self.num_labels:
@@ -315,12 +318,14 @@ class EncoderConfig:
         family = _family(values.get("model_type") or model_type)
         for name, only in _ONLY.items():
             if values.get(name, only) != only:
-                raise ConfigError(f"config key {name!r} = {values[name]!r} is not supported; expected {only!r}")
+                raise ConfigError(f"config key {name!r} = {shown(values[name])} is not supported; expected {only!r}")
         known = {name: value for name, value in values.items() if name in BASE[family] and value is not None}
         unknown = sorted(set(values) - _keys_of(family))
         for name in unknown:
             if meant := _misspelt(name, family):
-                raise ConfigError(f"config key {name!r} = {values[name]!r} is unknown (did you mean {meant!r}?)")
+                raise ConfigError(
+                    f"config key {shown(name)} = {shown(values[name])} is unknown (did you mean {meant!r}?)"
+                )
         if unknown:
             warnings.warn(f"config keys not used by fastbert: {', '.join(unknown)}", stacklevel=2)
         return cls(family, **TRANSFORMERS_DEFAULTS.get(family, {}) | known)
@@ -339,24 +344,14 @@ class EncoderConfig:
         """The published architecture `name` (one of `fastbert.presets()`), with fields changed by keyword."""
         if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(
-                f"preset {name!r} is unknown{nearest(str(name), PRESETS)}; fastbert.presets() lists all {len(PRESETS)}"
+                f"preset {name!r} is unknown{nearest(name, PRESETS)}; fastbert.presets() lists all {len(PRESETS)}"
             )
         return cls(**PRESETS[name] | changes)
 
     @classmethod
     def from_json_file(cls, path, model_type: str = "bert") -> "EncoderConfig":
         """`from_dict` of a JSON file; `MissingFileError` or `ConfigError` name the path."""
-        try:
-            with open(path, encoding="utf-8") as file:
-                values = json.load(file)
-        except FileNotFoundError:
-            raise MissingFileError(f"config file {path} does not exist") from None
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"config file {path} is not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(
-                f"config file {path} holds a {type(values).__name__}; expected an object of keys and values"
-            )
+        values = read_json(path, ConfigError)
         try:
             return cls.from_dict(values, model_type)
         except ConfigError as error:
@@ -370,7 +365,7 @@ def _family(model_type) -> str:
     if not isinstance(model_type, str) or model_type not in BASE:
         known = ", ".join(BASE)
         raise ConfigError(
-            f"model_type {model_type!r} is unknown; expected one of {known}{nearest(str(model_type), BASE)}"
+            f"model_type {shown(model_type)} is unknown; expected one of {known}{nearest(model_type, BASE)}"
         )
     return model_type
 
@@ -382,7 +377,7 @@ def _label_names(given) -> dict[int, str]:
     except (AttributeError, TypeError, ValueError):
         names = {}
     if sorted(names) != list(range(len(names))) or not names or not all(isinstance(n, str) for n in names.values()):
-        raise ConfigError(f"config key 'id2label' = {given!r}; expected a name for each id from 0 on")
+        raise ConfigError(f"config key 'id2label' = {shown(given)}; expected a name for each id from 0 on")
     return dict(sorted(names.items()))
 
 
@@ -395,15 +390,19 @@ def _keys_of(family: str) -> set[str]:
 def _misspelt(name: str, family: str) -> str | None:
     """The key that concerns the encoder of which an unknown key seems to be a misspelling."""
     known = [*BASE[family], *_ONLY, "model_type"]
-    plain = name.lower().replace("-", "_")
-    matches = [] if name in _FIELDS else difflib.get_close_matches(plain, known, n=1, cutoff=0.86)
-    return matches[0] if matches else None
+    return None if name in _FIELDS else _most_like(name.lower().replace("-", "_"), known, 0.86)
 
 
-def nearest(name: str, known, cutoff: float = 0.6) -> str:
+def nearest(name, known, cutoff: float = 0.6) -> str:
     """ " (did you mean ...?)" with the known name that is most like `name`, or nothing."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+    match = _most_like(name, known, cutoff)
+    return f" (did you mean {match!r}?)" if match else ""
+
+
+def _most_like(name, known, cutoff: float) -> str | None:
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+        return None
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
 def _size(layers, hidden, heads, **rest):

@@ -45,3 +45,12 @@ class StorageError(FastBertError, OSError):
 
 class ProcessError(FastBertError, RuntimeError):
     """Another of the processes that train together has failed, or does not answer."""
+
+
+def shown(value, most: int = 160) -> str:
+    """A value as an error shows it: its repr, cut where that is longer than `most`."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # the latter of an integer with too many digits
+        return f"a {type(value).__name__} that is too deep or long to show"
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from fastbert.crc32c import crc32c
 from fastbert.errors import CheckpointError, MissingFileError
+from fastbert.files import read_bytes
 from fastbert.wire import fields, varint
 
 _FOOTER, _MAGIC, _TRAILER = 48, 0xDB4775248B80FB57, 5
+_LONGEST_KEY = 4096  # bytes, of which a file may repeat all but a few in each entry
 _DTYPES = {
     1: (np.float32, torch.float32),
     2: (np.float64, torch.float64),
@@ -53,7 +55,7 @@ class TensorflowCheckpoint:
         self.prefix = _prefix(Path(path))
         index = Path(f"{self.prefix}.index")
         try:
-            values = dict(_table(index.read_bytes()))
+            values = dict(_table(read_bytes(index, CheckpointError)))
             header = dict(fields(values.pop(b"")))
             if _typed(header, 2, int):
                 raise ValueError("its numbers are big-endian")
@@ -61,7 +63,10 @@ class TensorflowCheckpoint:
             whole = (key for key in values if not key.startswith(b"\0"))  # the other keys are those of slices
             self.entries = {key.decode(): _entry(values[key]) for key in whole}
         except (ValueError, LookupError, TypeError) as error:
-            raise CheckpointError(f"index file {index} is damaged or not of a TensorFlow checkpoint: {error}") from None
+            reason = str(error)[:300]
+            raise CheckpointError(
+                f"index file {index} is damaged or not of a TensorFlow checkpoint: {reason}"
+            ) from None
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, on the CPU, after its checksum was compared. `MissingFileError`: its data file does not
@@ -143,6 +148,8 @@ def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]
         shared, position = varint(block, position)
         own, position = varint(block, position)
         length, position = varint(block, position)
+        if shared > len(key) or shared + own > _LONGEST_KEY:
+            raise ValueError(f"a key of {shared} + {own} bytes in the block at {offset} follows one of {len(key)}")
         key = key[:shared] + block[position : position + own]
         position += own
         yield key, block[position : position + length]

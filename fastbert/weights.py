@@ -2,19 +2,23 @@
 through `weights_only`, which builds tensors and refuses all else before any of it runs.
 """
 
-import json
+import mmap
 import re
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastbert.errors import CheckpointError, MissingFileError
+from fastbert.errors import CheckpointError, MissingFileError, shown
+from fastbert.files import is_plain_name, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LEGACY, LEGACY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_ARCHIVE = b"PK\x03\x04"
 
 
 def read_tensors(folder) -> dict[str, Tensor]:
@@ -25,18 +29,18 @@ def read_tensors(folder) -> dict[str, Tensor]:
     or no file that the index names. `CheckpointError`: a file is damaged, holds something else than tensors or would
     run code; the index names a file outside the folder, or it and the files disagree.
     """
-    folder = Path(folder)
-    if (folder / WEIGHTS).is_file():
-        return read_safetensors(folder / WEIGHTS)
-    if (folder / INDEX).is_file():
-        return _read_shards(folder / INDEX, read_safetensors)
-    if (folder / LEGACY).is_file():
-        return read_bin(folder / LEGACY)
-    if (folder / LEGACY_INDEX).is_file():
-        return _read_shards(folder / LEGACY_INDEX, read_bin)
-    raise MissingFileError(
-        f"model folder {folder} has no weights; expected {WEIGHTS}, {INDEX}, {LEGACY} or {LEGACY_INDEX}"
-    )
+    path = weights_file(folder)
+    read = read_safetensors if path.name in (WEIGHTS, INDEX) else read_bin
+    return _read_shards(path, read) if path.name in (INDEX, LEGACY_INDEX) else read(path)
+
+
+def weights_file(folder) -> Path:
+    """The file of a model folder that is read first: the weights, or their index."""
+    names = (WEIGHTS, INDEX, LEGACY, LEGACY_INDEX)
+    found = next((Path(folder) / name for name in names if (Path(folder) / name).is_file()), None)
+    if found is None:
+        raise MissingFileError(f"model folder {folder} has no weights; expected {', '.join(names)}")
+    return found
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -45,7 +49,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
-        raise CheckpointError(f"weights file {path} is damaged or not safetensors: {error}") from None
+        raise CheckpointError(f"weights file {path} is damaged or not safetensors: {str(error)[:300]}") from None
 
 
 def read_bin(path: Path) -> dict[str, Tensor]:
@@ -58,13 +62,41 @@ def read_pickle(path: Path, classes: Sequence[type] = ()):
     there is anything else in it, before any of it runs, or it is damaged.
     """
     try:
-        with torch.serialization.safe_globals(list(classes)):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(classes)), _opened(path) as source:
+            return torch.load(source, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a damaged or malicious file makes torch raise
         found = re.search(r"GLOBAL (\S+)", str(error))
         last = " ".join(str(error).strip().splitlines()[-1:])  # before it stands advice to read the file unsafely
         reason = f"it refers to {found[1]}, which is no tensor" if found else f"{type(error).__name__} {last}".strip()
         raise CheckpointError(f"weights file {path} cannot be read with weights_only: {reason}") from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Path | mmap.mmap]:
+    """What torch.load is given: the path of an archive; of a file as it was before 1.6 its mapped bytes, for of an open
+    file it would take as much memory as some length in it says."""
+    with open(path, "rb") as file:
+        if file.read(len(_ARCHIVE)) == _ARCHIVE:
+            _check_archive(path)
+            yield path
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
+
+
+def _check_archive(path: Path) -> None:
+    """CheckpointError if more would come out of an archive than is in it: torch.save compresses nothing."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    for record in records:
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(
+                f"weights file {path} has the compressed record {shown(record.filename)}; expected none"
+            )
+    if (total := sum(record.file_size for record in records)) > path.stat().st_size:
+        raise CheckpointError(f"weights file {path} has records of {total} bytes in {path.stat().st_size}")
 
 
 def plain_tensors(content, path: Path) -> dict[str, Tensor]:
@@ -82,21 +114,23 @@ def plain_tensors(content, path: Path) -> dict[str, Tensor]:
 def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
     files = _files(index)
     tensors, owner = {}, {}
-    for name in sorted(set(files.values())):
+    some = {name: tensor for tensor, name in files.items()}
+    for name in sorted(some):
         path = index.parent / name
-        if Path(name).name != name or name in (".", ".."):
-            raise CheckpointError(f"index file {index} names the file {name!r}; expected one in its own folder")
+        if not is_plain_name(name):
+            raise CheckpointError(
+                f"index file {index} names the file {shown(name)} for {some[name]}; expected one in its own folder"
+            )
         if not path.is_file():
-            raise MissingFileError(f"weights file {path}, named in {index.name}, does not exist in the model folder")
+            raise MissingFileError(f"weights file {path}, named in {index.name} for {some[name]}, does not exist")
         for tensor_name, tensor in read(path).items():
             if tensor_name in owner:
                 raise CheckpointError(
                     f"tensor {tensor_name} is in {owner[tensor_name]} and in {name}; expected it once"
                 )
             if files.get(tensor_name) != name:
-                raise CheckpointError(
-                    f"tensor {tensor_name} is in {path}; index file {index} names {files.get(tensor_name)!r} for it"
-                )
+                known = shown(files.get(tensor_name))
+                raise CheckpointError(f"tensor {tensor_name} is in {path}; index file {index} names {known} for it")
             tensors[tensor_name], owner[tensor_name] = tensor, name
     if absent := sorted(set(files) - set(tensors)):
         raise CheckpointError(f"model folder {index.parent} lacks tensors that {index.name} names: {listed(absent)}")
@@ -104,15 +138,19 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
 
 
 def _files(index: Path) -> dict[str, str]:
-    try:
-        files = json.loads(index.read_bytes())["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"index file {index} is not a JSON object with a weight_map: {error}") from None
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise CheckpointError(f"index file {index} has the weight_map {str(files)[:80]}; expected files by tensor")
+    files = read_json(index, CheckpointError).get("weight_map")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"index file {index} has the weight_map {shown(files)}; expected files by tensor")
+    for tensor, name in files.items():
+        if not isinstance(name, str):
+            raise CheckpointError(
+                f"index file {index}: weight_map has {shown(name)} for {tensor}; expected a file name"
+            )
     return files
 
 
 def listed(names: list[str], most: int = 8) -> str:
     """The first names, and how many there are besides."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(name if len(name) <= 120 else f"{name[:117]}..." for name in names[:most]) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )

@@ -560,7 +560,7 @@ def test_rows_are_kept_by_device_and_read_back(tmp_path):
     assert list(rows.read(tmp_path / "new")) == [cpu, h100, h100]
 
 
-@pytest.mark.parametrize("line, message", [("{", "line 2: not JSON"), ('{"op": "x"}', "line 2: no commit, date")])
+@pytest.mark.parametrize("line, message", [("{", "line 2: not valid JSON"), ('{"op": "x"}', "line 2: no commit, date")])
 def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
     good = {name: "x" for name in ("op", "provider", "status", "device", "commit", "date")}
     (tmp_path / "a.jsonl").write_text(json.dumps(good) + "\n" + line + "\n")

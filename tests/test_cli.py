@@ -102,7 +102,7 @@ def test_info_names_versions_and_the_backend_of_every_op(capsys):
     [
         (["pretrain", "--data", "nowhere"], "nowhere"),
         (["pretrain", "--files", "nowhere.txt"], "nowhere.txt does not exist"),
-        (["pretrain", "--config", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
+        (["pretrain", "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["pretrain", "--warm-up", "3"], "unknown option '--warm-up' (did you mean '--warmup'?)"),
         (["pretrain", "--data", "a", "--masking", "whole"], "masking is 'whole', expected one of token, whole_word"),
         (["pretrain", "--out", "nowhere", "--data", "a", "--resume"], "no run to resume"),

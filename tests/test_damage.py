@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import struct
+import zipfile
 from collections import OrderedDict
 
 import numpy
@@ -140,6 +141,25 @@ def test_truncated_and_flipped_bins(folder, legacy):
         path.write_bytes(whole[:size])
         with pytest.raises(CheckpointError):
             fastbert.from_pretrained(folder)
+
+
+def test_archives_out_of_which_more_comes_than_they_have(folder):
+    as_bin(folder, tensors_of(folder))
+    path = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    with pytest.raises(CheckpointError, match="pytorch_model.bin has the compressed record"):
+        fastbert.from_pretrained(folder)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+        largest = max(archive.filelist, key=lambda record: record.file_size)
+        archive.filelist += [largest] * 3  # the same bytes under further entries
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin has records of \d+ bytes in"):
+        fastbert.from_pretrained(folder)
 
 
 def test_other_things_than_tensors_by_name(folder):
@@ -289,7 +309,7 @@ def test_what_is_too_deep_or_too_large_is_an_error(tmp_path):
     """Nesting beyond the parser, and sizes that nothing can hold, before anything is built."""
     deep = tmp_path / "config.json"
     deep.write_text("[" * 100_000)
-    with pytest.raises(ConfigError, match="config.json is not valid JSON"):
+    with pytest.raises(ConfigError, match="config.json: not valid JSON"):
         fastbert.EncoderConfig.from_json_file(deep)
     with pytest.raises(FastBertError, match="config.json"):
         fastbert.from_pretrained(tmp_path)

@@ -313,7 +313,7 @@ def test_another_tokenizer_is_refused_by_fingerprint(folder, tokenizer, text_fil
 
 def test_a_split_that_is_not_there_is_named(text_file, tokenizer, tmp_path):
     prepare(text_file, tokenizer, tmp_path / "out", progress=False)
-    with pytest.raises(DataError, match="no split 'validation', expected one of 'train'"):
+    with pytest.raises(DataError, match="splits has no 'validation', expected one of 'train'"):
         Corpus.open(tmp_path / "out", "validation")
 
 
@@ -336,10 +336,10 @@ def test_a_shard_of_another_shape_is_refused(folder):
         ({"version": 9}, "format version 9, expected 1"),
         ({"tokenizer": None}, "field 'tokenizer' is None"),
         ({"splits": {"train": {"shards": []}}}, "'train' has no shards"),
-        ({"splits": {"train": {"shards": [{"file": "x"}]}}}, "field 'rows' is None"),
+        ({"splits": {"train": {"shards": [{"file": "x"}]}}}, "field 'splits.train.shards.rows' is None"),
         (
             {"splits": {"train": {"shards": [{"file": "../x", "rows": 1, "tokens": 1, "bytes": 1, "sha256": ""}]}}},
-            "plain",
+            "expected a name in its folder",
         ),
     ],
 )

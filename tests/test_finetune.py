@@ -479,8 +479,8 @@ def test_folders_that_cannot_predict(folder, classified, tmp_path, capsys):
     assert main(["predict", "--model", str(folder / "bert"), "--text", "好"]) == 2
     assert "finetune.json" in capsys.readouterr().err
     for content, words in (
-        ("{", "damaged"),
-        ('{"task": "tagging"}', "damaged"),
+        ("{", "finetune.json: not valid JSON"),
+        ('{"task": "tagging"}', "settings is None"),
         ('{"task": "qa", "settings": {"labels": []}}', "do not fit"),
     ):
         copy = tmp_path / f"model-{len(content)}"
@@ -494,7 +494,7 @@ def test_folders_that_cannot_predict(folder, classified, tmp_path, capsys):
     for changes, words in (
         ({"labels": ["a"]}, "labels"),
         ({"max_length": 1000}, "max_length 1000"),
-        ({"max_length": 8.5}, "do not fit"),
+        ({"max_length": 8.5}, "'max_length' = 8.5"),
         ({"problem_type": "regression"}, "problem_type"),
     ):
         (copy / "finetune.json").write_text(json.dumps(good | {"settings": good["settings"] | changes}))

@@ -276,7 +276,7 @@ BAD = [  # name of the file, content, task, words of the message
         "a.json",
         '{"data": [{"paragraphs": [{"qas": [{"id": 1}]}]}]}',
         "qa",
-        "not in the form of SQuAD: KeyError('question')",
+        "not in the form of SQuAD: no question in data[0].paragraphs[0].qas[0], {'id': 1}",
     ),
     ("a.json", '{"data": []}', "qa", "a.json has no examples"),
     ("a.json", squad(), "qa", "question 7: answers is None, expected a list"),

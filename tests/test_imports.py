@@ -21,9 +21,10 @@ EVERYTHING = [*LAYERED, ROOT / "setup.py"]
 
 # Layer -> the layers it may import, besides itself and errors. Nothing below imports train, cli, hf or testing; what is
 # measured of train is its step and its feed.
-BELOW_TRAIN = "ops nn config packing models checkpoint weights ports hub tensorflow_checkpoint optim data backend"
+BELOW_TRAIN = "files ops nn config packing models checkpoint weights ports hub tensorflow_checkpoint optim data backend"
 LAYERS = {
     "errors": "",
+    "files": "",
     "philox": "",
     "reference": "philox",
     "portable": "philox tiled",
@@ -33,21 +34,21 @@ LAYERS = {
     "backend": "",
     "extension": "",
     "ops": "backend extension reference portable portable_lamb kernels philox",
-    "config": "",
+    "config": "files",
     "packing": "",
     "wire": "",
     "crc32c": "",
-    "tensorflow_checkpoint": "crc32c wire",
-    "weights": "",
+    "tensorflow_checkpoint": "crc32c wire files",
+    "weights": "files",
     "ports": "",
     "hub": "",
-    "checkpoint": "config weights ports",
+    "checkpoint": "config weights ports files",
     "nn": "ops config packing",
     "models": "nn ops config packing checkpoint hub",
     "inference": "nn ops",
     "latency": "inference models nn ops packing",
     "optim": "ops",
-    "data": "hub wire",
+    "data": "hub wire files",
     "train": f"{BELOW_TRAIN} __init__",
     "finetune": f"{BELOW_TRAIN} __init__ train",
     "hf": f"{BELOW_TRAIN} __init__",

@@ -169,6 +169,12 @@ def written(folder, family, keep, **changes):
     return folder
 
 
+def test_an_index_that_repeats_long_keys(tmp_path):
+    write_checkpoint(tmp_path / "model", {"x" * 5000: np.zeros(2, np.float32)})
+    with pytest.raises(CheckpointError, match="model.index is damaged .*a key of 0 . 5000 bytes"):
+        TensorflowCheckpoint(tmp_path)
+
+
 def test_an_index_of_several_blocks_and_a_compressed_one(tmp_path):
     tensors = {f"layer_{index}": np.full((2, index + 1), index, np.float32) for index in range(40)}
     write_checkpoint(tmp_path / "model", tensors, blocks=4)
@@ -374,7 +380,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path):
     """So that it can be repeated; and the error names the file that is wrong, not its copy."""
     folder = copy("bert", tmp_path)
     (folder / "vocab.txt").write_bytes("[PAD]\n中国\n".encode("gb18030"))
-    with pytest.raises(DataError, match="bert/vocab.txt is not UTF-8"):
+    with pytest.raises(DataError, match="bert/vocab.txt: invalid UTF-8"):
         from_tensorflow(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in VOCAB), encoding="utf-8")

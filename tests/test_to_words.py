@@ -111,7 +111,7 @@ def test_words_may_stand_in_a_file(tmp_path):
     (tmp_path / "words.txt").write_bytes(b"\xff")
     with pytest.raises(DataError, match="words.txt: invalid UTF-8 at byte offset 0"):
         to_words(tmp_path / "old", tmp_path / "other", words=str(tmp_path / "words.txt"))
-    with pytest.raises(MissingFileError, match="absent.txt is no file"):
+    with pytest.raises(MissingFileError, match="absent.txt does not exist"):
         to_words(tmp_path / "old", tmp_path / "other", words=tmp_path / "absent.txt")
 
 

@@ -287,7 +287,7 @@ def test_added_tokens_without_a_tokenizer_json_are_refused_by_name(tmp_path, nam
     """As the slow tokenizers of older transformers save them."""
     (tmp_path / "vocab.txt").write_text(VOCABULARY, encoding="utf-8")
     (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(DataError, match=f"{name} adds the tokens '(词语|中)', expected them in .*tokenizer.json"):
+    with pytest.raises(DataError, match=f"{name}.* adds the tokens '(词语|中)', .*expected them in .*tokenizer.json"):
         Tokenizer.from_pretrained(tmp_path)
 
 

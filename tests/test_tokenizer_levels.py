@@ -1,5 +1,6 @@
 """Tokenizers of the levels beside BERT's: RoBERTa's bytes, ALBERT's SentencePiece, WoBERT's words."""
 
+import base64
 import json
 import pickle
 import struct
@@ -541,6 +542,41 @@ def spiece(pieces, trainer=b"", normalizer=b""):
 PIECES = [("▁the", -1.0), ("▁", -3.0), ("end", -2.5), ("中", -4.25), ("9,", -1.0), ("9", -5.0), (",", -5.0)]
 
 
+def charsmap(key="９", text="9"):
+    """A table that replaces one character: a block of 256 units for the children of each byte, and one for the text."""
+    units, at = [0] * 256 * (len(key.encode()) + 2), 0
+    for block, byte in enumerate(key.encode(), 1):
+        units[at] |= (at ^ 256 * block) << 10
+        at = 256 * block ^ byte
+        units[at] = byte
+    units[at] |= (at ^ 256 * (block + 1)) << 10 | 1 << 8
+    units[256 * (block + 1)] = 1 << 31
+    trie = struct.pack(f"<{len(units)}I", *units)
+    return struct.pack("<I", len(trie)) + trie + text.encode() + b"\0"
+
+
+def test_a_table_of_replacements_is_read_and_never_leads_outside(tmp_path):
+    whole = charsmap()
+    (tmp_path / "spiece.model").write_bytes(spiece(PIECES, normalizer=_field(2, whole)))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert pieces(tokenizer, "９,end") == pieces(tokenizer, "9,end")
+    tokenizer.save_pretrained(tmp_path / "full")
+    assert Tokenizer.from_pretrained(tmp_path / "full").fingerprint == tokenizer.fingerprint
+    leaf = 4 + 4 * 256 * 4
+    for at, number in ((4, 1 << 31), (4, 0x7FFFFC00), (leaf, 1 << 31 | 2), (0, 4), (0, len(whole))):
+        damaged = whole[:at] + struct.pack("<I", number) + whole[at + 4 :]
+        (tmp_path / "spiece.model").write_bytes(spiece(PIECES, normalizer=_field(2, damaged)))
+        with pytest.raises(DataError, match="spiece.model: precompiled_charsmap is"):
+            Tokenizer.from_pretrained(tmp_path)
+        content = json.loads((tmp_path / "full" / "tokenizer.json").read_text())
+        step = next(step for step in content["normalizer"]["normalizers"] if step["type"] == "Precompiled")
+        step["precompiled_charsmap"] = base64.b64encode(damaged).decode()
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(DataError, match="tokenizer.json: precompiled_charsmap of the normalizer"):
+            Tokenizer.from_pretrained(tmp_path / "other")
+
+
 def test_a_sentencepiece_model_is_read_without_its_library(tmp_path):
     (tmp_path / "spiece.model").write_bytes(spiece(PIECES))
     tokenizer = Tokenizer.from_pretrained(tmp_path)
@@ -585,7 +621,7 @@ def test_sentencepiece_agrees(corpus_file, tmp_path):
         (spiece(PIECES, trainer=_field(40, 99)), "unk_id is 99, expected the id of one of 12 pieces"),
         (spiece(PIECES, trainer=_field(40, 5)), "unk_id is 5, expected the id of unk_token '<unk>'"),
         (spiece(PIECES, normalizer=_field(3, 0)), "add_dummy_prefix is 0"),
-        (spiece(PIECES, normalizer=_field(2, b"\xff\xff\xff\xffabc")), "is not a tokenizer"),
+        (spiece(PIECES, normalizer=_field(2, b"\xff\xff\xff\xffabc")), "precompiled_charsmap is"),
         (spiece(PIECES).replace(b"[SEP]", b"[sep]"), r"spiece.model: the vocabulary .* no sep_token '\[SEP\]'"),
         (b"", "unk_id is 0, expected"),
     ],
@@ -632,7 +668,7 @@ def test_missing_special_tokens_are_named_with_their_file(trained, tmp_path):
     vocab = json.loads((tmp_path / "vocab.json").read_text())
     del vocab["<mask>"]
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    with pytest.raises(DataError, match="vocab.json: the vocabulary of 3.. tokens has no mask_token '<mask>'"):
+    with pytest.raises(DataError, match="vocab.json.*: the vocabulary of 3.. tokens has no mask_token '<mask>'"):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(MissingFileError, match="vocab.json with merges.txt, or spiece.model"):
@@ -641,7 +677,11 @@ def test_missing_special_tokens_are_named_with_their_file(trained, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"h\xff e\n", "merges.txt: invalid UTF-8"), (b"h e l\n", "'h e l' is no merge"), (b"h zzz\n", "not a tokenizer")],
+    [
+        (b"h\xff e\n", "merges.txt: invalid UTF-8"),
+        (b"h e l\n", "'h e l' is no merge"),
+        (b"h zzz\n", "'h zzz' is no merge"),
+    ],
 )
 def test_damaged_merges_are_named(trained, tmp_path, content, message):
     trained["bpe"].save_pretrained(tmp_path)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from fastbert.errors import DataError
+from fastbert.errors import DataError, shown
 
 LEVELS = ("char", "wordpiece", "bpe", "unigram", "word")
 ROLES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
@@ -99,7 +99,7 @@ def complete(backend: tokenizers.Tokenizer, level: str, special_tokens: dict[str
     vocab = backend.get_vocab(with_added_tokens=True)
     for role, token in special_tokens.items():
         if token not in vocab:
-            raise DataError(f"the vocabulary of {len(vocab)} tokens has no {role} {token!r}")
+            raise DataError(f"the vocabulary of {len(vocab)} tokens has no {role} {shown(token)}")
     backend.no_truncation()
     backend.no_padding()
     known = {added.content for added in backend.get_added_tokens_decoder().values() if added.special}

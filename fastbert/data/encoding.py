@@ -1,6 +1,5 @@
 """What workers do with a unit of text: check it, and turn it into shards and a record of what became of it."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -16,7 +15,7 @@ from fastbert.data.segmenters import Segmenter, Words, segmenter
 from fastbert.data.shards import ShardWriter
 from fastbert.data.text import Row, Tally, Unit, UnitScan
 from fastbert.data.tokenizer import Tokenizer
-from fastbert.data.workfolder import RECORD, written_whole
+from fastbert.data.workfolder import RECORD, write_record, written_whole
 from fastbert.errors import DataError
 
 Advance = Callable[[int], object]
@@ -77,9 +76,7 @@ def encode_unit(job: Job, task: UnitTask, advance: Advance) -> dict:
         for rows in text.read_unit(task.unit, task.lines, task.document, job.errors, repaired, advance):
             if rows:
                 encoder.add(rows)
-        record = encoder.finish() | {"repaired": repaired.reasons}
-        (folder / RECORD).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
-    return json.loads(json.dumps(record))  # as it is when it is read again
+        return write_record(folder / RECORD, encoder.finish() | {"repaired": repaired.reasons})
 
 
 class _Encoder:

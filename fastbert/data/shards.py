@@ -18,11 +18,12 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from fastbert.data.tokenizer import Tokenizer
-from fastbert.errors import DataError, MissingFileError
+from fastbert.errors import DataError, MissingFileError, shown
+from fastbert.files import is_plain_name, read_json
 
 FORMAT, VERSION = "fastbert corpus", 1
 MANIFEST, PICTURE = "manifest.json", "lengths.png"
-_CHUNK = 1 << 22
+_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,8 @@ class Corpus:
         folder = Path(folder)
         manifest = read_manifest(folder)
         if split not in manifest["splits"]:
-            raise DataError(
-                f"{folder} has no split {split!r}, expected one of {', '.join(map(repr, manifest['splits']))}"
-            )
+            known = ", ".join(map(shown, manifest["splits"]))
+            raise DataError(f"{folder / MANIFEST}: splits has no {split!r}, expected one of {known}")
         infos = _shard_infos(folder / MANIFEST, manifest, split)
         for info in infos:
             _check_size(folder / info.file, info)
@@ -175,18 +175,16 @@ def read_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist, expected a folder written by fastbert prepare")
-    try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{path} is not the manifest of a {FORMAT}")
+    manifest = read_json(path, DataError)
+    if manifest.get("format") != FORMAT:
+        raise DataError(f"{path} is not the manifest of a {FORMAT}: its format is {shown(manifest.get('format'))}")
     if manifest.get("version") != VERSION:
-        raise DataError(f"{path} has format version {manifest.get('version')!r}, expected {VERSION}")
+        raise DataError(f"{path} has format version {shown(manifest.get('version'))}, expected {VERSION}")
     tokenizer = _field(path, manifest, "tokenizer", dict)
-    _field(path, tokenizer, "fingerprint", str)
-    _field(path, tokenizer, "vocab_size", int)
-    _field(path, manifest, "splits", dict)
+    _field(path, tokenizer, "fingerprint", str, "tokenizer.")
+    _field(path, tokenizer, "vocab_size", int, "tokenizer.")
+    for name in ("splits", "settings"):
+        _field(path, manifest, name, dict)
     return manifest
 
 
@@ -205,21 +203,24 @@ def _reopen(folder: Path, split: str) -> Corpus:
     return Corpus.open(folder, split, verify=False)
 
 
-def _field(path: Path, content: dict, name: str, kind: type):
+def _field(path: Path, content: dict, name: str, kind: type, above: str = ""):
     value = content.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise DataError(f"{path}: the field {name!r} is {value!r}, expected a value of type {kind.__name__}")
+        raise DataError(
+            f"{path}: the field {above + name!r} is {shown(value)}, expected a value of type {kind.__name__}"
+        )
     return value
 
 
 def _shard_infos(path: Path, manifest: dict, split: str) -> list[ShardInfo]:
-    infos = []
-    for entry in _field(path, _field(path, manifest["splits"], split, dict), "shards", list):
+    infos, above = [], f"splits.{split}."
+    kinds = ShardInfo.__annotations__
+    for entry in _field(path, _field(path, manifest["splits"], split, dict, "splits."), "shards", list, above):
         if not isinstance(entry, dict):
-            raise DataError(f"{path}: a shard of {split!r} is {entry!r}, expected an object")
-        info = ShardInfo(**{name: _field(path, entry, name, kind) for name, kind in ShardInfo.__annotations__.items()})
-        if Path(info.file).name != info.file:
-            raise DataError(f"{path}: the shard {info.file!r} is not a plain file name")
+            raise DataError(f"{path}: one of {above}shards is {shown(entry)}, expected an object")
+        info = ShardInfo(**{name: _field(path, entry, name, kind, f"{above}shards.") for name, kind in kinds.items()})
+        if not is_plain_name(info.file):
+            raise DataError(f"{path}: the file of a shard is {shown(info.file)}, expected a name in its folder")
         infos.append(info)
     if not infos:
         raise DataError(f"{path}: the split {split!r} has no shards")

@@ -25,7 +25,7 @@ from fastbert.data.checks import check
 from fastbert.data.segmenters import Segmenter, Words, segmented, segmenter
 from fastbert.data.text import Tally, as_paths, read_rows
 from fastbert.data.vectors import WordVectors, existing_file, nearest, read_vectors, train_vectors
-from fastbert.errors import ConfigError, DataError
+from fastbert.errors import ConfigError, DataError, shown
 
 FORMAT, VERSION = "fastbert similar words", 1
 _HEADER = re.compile(rf"# {FORMAT}, version ([0-9]+): (.*)")
@@ -105,12 +105,12 @@ class SimilarWords(Mapping):
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
         header = _HEADER.fullmatch(lines[0].decode(errors="replace").rstrip("\r"))
         if header is None:
-            shown = lines[0][:60].decode(errors="replace")
+            first = lines[0][:60].decode(errors="replace")
             raise DataError(
-                f"{path}:1: {shown!r} is not the first line of a table: '# {FORMAT}, version {VERSION}: ...'"
+                f"{path}:1: {first!r} is not the first line of a table: '# {FORMAT}, version {VERSION}: ...'"
             )
-        if int(header[1]) != VERSION:
-            raise DataError(f"{path}:1: the version of the table is {header[1]}, expected {VERSION}")
+        if header[1] != str(VERSION):
+            raise DataError(f"{path}:1: the version of the table is {header[1][:40]}, expected {VERSION}")
         similar, line_of, names = {}, {}, {}  # names: one str for each word, however often it stands
         for number, raw in enumerate(lines[1:], 2):
             if not raw.strip():
@@ -120,7 +120,7 @@ class SimilarWords(Mapping):
             if fault := _fault(word, others):
                 raise DataError(f"{path}:{number}: {fault}")
             if word in similar:
-                raise DataError(f"{path}:{number}: {word!r} has an entry on line {line_of[word]}, expected one")
+                raise DataError(f"{path}:{number}: {shown(word)} has an entry on line {line_of[word]}, expected one")
             similar[word], line_of[word] = others, number
         if not similar:
             raise DataError(f"{path} holds no word, expected at least one line after the first")
@@ -262,7 +262,10 @@ class SimilarWords(Mapping):
         dropped: Tally,
         share: dict[str, float] | None = None,
     ) -> "SimilarWords":
-        table = cls({word: tuple(others) for word, others in similar.items()}, origin)
+        try:
+            table = cls({word: tuple(others) for word, others in similar.items()}, origin)
+        except DataError as error:
+            raise DataError(f"{origin}: {error}") from None
         having = [word for word, others in table.items() if others]
         table.report = SimilarWordsReport(
             words=len(table),
@@ -336,12 +339,11 @@ def _fault(word: str, similar: Sequence[str]) -> str | None:
     seen = {word}
     for name in (word, *similar):
         if not name or name != name.strip() or _NO_WORD.search(name):
-            return f"{name!r} is no word: it is empty, or has white space at an end or a tab or line break within"
+            return f"{shown(name)} is no word: it is empty, or has white space at an end or a tab or line break within"
     for name in similar:
         if name in seen:
-            return (
-                f"{name!r} is {'its own similar word' if name == word else 'there twice'}, expected other words, once"
-            )
+            how = "its own similar word" if name == word else "there twice"
+            return f"{shown(name)} is {how}, expected other words, once"
         seen.add(name)
     return None
 

@@ -24,7 +24,7 @@ from fastbert.data.pieces import PieceTable, begins_word, check_texts, cutter, u
 from fastbert.data.text import CJK
 from fastbert.data.tokenizer_files import read_added_tokens, read_folder, write_folder
 from fastbert.data.tokenizer_training import train_backend
-from fastbert.errors import ConfigError, DataError
+from fastbert.errors import ConfigError, DataError, shown
 from fastbert.hub import local_folder
 
 # The least size of a vocabulary: something besides the special tokens, and at "bpe" all bytes, at "unigram" the space
@@ -67,7 +67,8 @@ class Tokenizer:
         complete(backend, self.level, self.special_tokens)
         vocab = backend.get_vocab(with_added_tokens=True)
         if sorted(vocab.values()) != list(range(len(vocab))):
-            raise DataError(f"the ids of the {len(vocab)} tokens are not 0 to {len(vocab) - 1}, each once")
+            wrong = f"the ids of the {len(vocab)} tokens are not 0 to {len(vocab) - 1}, each once"
+            raise DataError(f"{wrong}: {_misnumbered(vocab)}")
         self._backend, self.vocab_size = backend, len(vocab)
         self._tokens = sorted(vocab, key=vocab.get)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
@@ -162,8 +163,9 @@ class Tokenizer:
         try:
             tokenizer = cls(backend, names, level)
         except DataError as error:
-            raise DataError(f"{path}: {error}") from error
-        tokenizer._check_added_tokens(folder)
+            config = Path(folder) / "tokenizer_config.json"
+            raise DataError(f"{path}{f', with {config}' if config.is_file() else ''}: {error}") from error
+        tokenizer._check_added_tokens(path)
         return tokenizer
 
     def save_pretrained(self, folder: str | PathLike) -> None:
@@ -349,16 +351,16 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"Tokenizer(level {self.level!r}, {self.vocab_size} tokens, fingerprint {self.fingerprint[:12]})"
 
-    def _check_added_tokens(self, folder: Path) -> None:
-        """DataError unless this tokenizer adds all tokens that files beside the vocabulary add to it."""
+    def _check_added_tokens(self, source: Path) -> None:
+        """DataError unless this tokenizer adds all tokens that files beside its vocabulary, in `source`, add to it."""
         known = {added.content: index for index, added in self._backend.get_added_tokens_decoder().items()}
-        for path, added in read_added_tokens(folder):
+        for where, added in read_added_tokens(source.parent):
             missing = [token for token, index in added.items() if known.get(token) != index]
             if missing:
-                full, names = folder / "tokenizer.json", ", ".join(map(repr, missing))
+                full, names = source.parent / "tokenizer.json", ", ".join(map(shown, missing[:8]))
                 raise DataError(
-                    f"{path} adds the tokens {names}, expected them in {full} too: load the folder with AutoTokenizer "
-                    "of transformers and save it, which writes that file"
+                    f"{where} adds the tokens {names}, which {source.name} has not under these ids; expected them in "
+                    f"{full}: load the folder with AutoTokenizer of transformers and save it, which writes that file"
                 )
 
     def _fingerprint(self) -> str:
@@ -373,6 +375,16 @@ class Tokenizer:
 
 def _restore(serialized: str, special_tokens: dict[str, str], level: str) -> Tokenizer:
     return Tokenizer(restore(serialized), special_tokens, level)
+
+
+def _misnumbered(vocab: dict[str, int]) -> str:
+    """The first id that two tokens have or none has."""
+    seen = {}
+    for token, index in vocab.items():
+        if index in seen:
+            return f"{shown(seen[index])} and {shown(token)} have {index}"
+        seen[index] = token
+    return f"none has {next(index for index in range(len(vocab)) if index not in seen)}"
 
 
 def _spaced(char: str) -> bool:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from fastbert.data.backends import (
     restore,
     unigram_backend,
 )
-from fastbert.data.spiece import read_spiece
-from fastbert.errors import DataError, MissingFileError
+from fastbert.data.spiece import is_charsmap, read_spiece
+from fastbert.errors import DataError, MissingFileError, shown
+from fastbert.files import read_json, read_text
 
 _CONFIG, _FULL = "tokenizer_config.json", "tokenizer.json"
 # What a tokenizer.json may consist of, by its model: normaliser and pre-tokenizer.
@@ -49,21 +51,21 @@ def read_folder(folder: Path) -> tuple[Path, tokenizers.Tokenizer, dict[str, str
     except (DataError, MissingFileError):
         raise
     except Exception as error:  # tokenizers raises nothing more specific
-        raise DataError(f"{path} is not a tokenizer: {error}") from error
+        raise DataError(f"{path} is not a tokenizer: {_reason(error)}") from error
     return path, backend, names, "word" if word else level_of(json.loads(backend.to_str()))
 
 
-def read_added_tokens(folder: Path) -> Iterator[tuple[Path, dict[str, int]]]:
-    """The files that name tokens added to a vocabulary, and these with their ids."""
+def read_added_tokens(folder: Path) -> Iterator[tuple[str, dict[str, int]]]:
+    """The files, and places in them, that name tokens added to a vocabulary, and these with their ids."""
     path = folder / "added_tokens.json"
     if path.exists():
-        yield path, _read_json(path)
+        yield str(path), read_json(path, DataError)
     path, added = folder / _CONFIG, _read_config(folder).get("added_tokens_decoder", {})
     try:
         tokens = {token["content"]: int(index) for index, token in added.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: added_tokens_decoder is {added!r}, expected tokens by their ids") from error
-    yield path, tokens
+        raise DataError(f"{path}: added_tokens_decoder is {shown(added)}, expected tokens by their ids") from error
+    yield f"{path}: added_tokens_decoder", tokens
 
 
 def write_folder(
@@ -118,7 +120,7 @@ def _source(folder: Path) -> tuple[Path, str, Callable]:
 def _class_name(folder: Path) -> str | None:
     """The tokenizer class that the folder names, in either of its configs, as transformers looks for it."""
     path = folder / "config.json"
-    model = _read_json(path) if path.exists() else {}
+    model = read_json(path, DataError) if path.exists() else {}
     name = _read_config(folder).get("tokenizer_class") or model.get("tokenizer_class")
     if name is None and model.get("model_type") == "roformer":
         return "RoFormerTokenizer"
@@ -127,7 +129,7 @@ def _class_name(folder: Path) -> str | None:
 
 def _read_config(folder: Path) -> dict:
     path = folder / _CONFIG
-    return _read_json(path) if path.exists() else {}
+    return read_json(path, DataError) if path.exists() else {}
 
 
 def _names(path: Path, config: dict, level: str) -> dict[str, str]:
@@ -136,7 +138,7 @@ def _names(path: Path, config: dict, level: str) -> dict[str, str]:
         token = config.get(role, SPECIAL_TOKENS[level][role])
         names[role] = token.get("content") if isinstance(token, dict) else token
         if not isinstance(names[role], str):
-            raise DataError(f"{path}: {role} is {token!r}, expected a string")
+            raise DataError(f"{path}: {role} is {shown(token)}, expected a string")
     return names
 
 
@@ -157,7 +159,7 @@ def _options(path: Path, config: dict, model: str) -> dict:
     for field, option in _OPTIONS[model].items():
         if field in config:
             if not (isinstance(config[field], bool) or field == "strip_accents" and config[field] is None):
-                raise DataError(f"{path}: {field} is {config[field]!r}, expected true or false")
+                raise DataError(f"{path}: {field} is {shown(config[field])}, expected true or false")
             options[option] = config[field]
     return options
 
@@ -167,10 +169,16 @@ def _from_vocab(path: Path, names: dict[str, str], options: dict) -> tokenizers.
 
 
 def _from_merges(path: Path, names: dict[str, str], options: dict) -> tokenizers.Tokenizer:
-    vocab, lines = _read_json(path), _read_lines(path.with_name("merges.txt"))
-    merges = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version") :] if line]
-    if bad := next((merge for merge in merges if len(merge) != 2), None):
-        raise DataError(f"{path.with_name('merges.txt')}: {' '.join(bad)!r} is no merge, expected two pieces")
+    vocab, source = read_json(path, DataError), path.with_name("merges.txt")
+    _check_ids(path, vocab)
+    merges = []
+    for number, line in enumerate(_read_lines(source), 1):
+        if not line or number == 1 and line.startswith("#version"):
+            continue
+        merge = tuple(line.split(" "))
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
+            raise DataError(f"{source}:{number}: {shown(line)} is no merge, expected two pieces of {path.name}")
+        merges.append(merge)
     return bpe_backend(vocab, merges, unk_token=names["unk_token"], **options)
 
 
@@ -186,12 +194,10 @@ def _from_wordpiece(path: Path, names: dict[str, str], options: dict) -> tokeniz
     config = _parts(path)
     prefix, unknown = config["model"].get("continuing_subword_prefix"), config["model"].get("unk_token")
     if (prefix, unknown) != ("##", names["unk_token"]):
-        raise DataError(
-            f"{path}: the model has prefix {prefix!r} and unknown token {unknown!r}, expected '##', "
-            f"{names['unk_token']!r}"
-        )
+        given = f"continuing_subword_prefix {shown(prefix)} and unk_token {shown(unknown)}"
+        raise DataError(f"{path}: the model has {given}, expected '##' and {names['unk_token']!r}")
     config["normalizer"].update(options)
-    return restore(json.dumps(config))
+    return _restored(path, config)
 
 
 def _from_bpe(path: Path, names: dict[str, str], options: dict) -> tokenizers.Tokenizer:
@@ -199,13 +205,20 @@ def _from_bpe(path: Path, names: dict[str, str], options: dict) -> tokenizers.To
     model, bytes_of = config["model"], config["pre_tokenizer"]
     for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"):
         if model.get(field):
-            raise DataError(f"{path}: {field} of the model is {model[field]!r}, expected none")
+            raise DataError(f"{path}: {field} of the model is {shown(model[field])}, expected none")
     if not bytes_of.get("use_regex", True):
         raise DataError(f"{path}: use_regex of the pre_tokenizer is false, expected true")
-    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    merges = [_merge(path, merge) for merge in model["merges"]]
     options = {"add_prefix_space": bytes_of["add_prefix_space"], **options}
     rebuilt = json.loads(bpe_backend(model["vocab"], merges, unk_token=names["unk_token"], **options).to_str())
-    return restore(json.dumps(rebuilt | {"added_tokens": config.get("added_tokens", [])}))
+    return _restored(path, rebuilt | {"added_tokens": config.get("added_tokens", [])})
+
+
+def _merge(path: Path, merge) -> tuple[str, str]:
+    pieces = merge.split(" ") if isinstance(merge, str) else merge
+    if not isinstance(pieces, list) or len(pieces) != 2 or not all(isinstance(piece, str) for piece in pieces):
+        raise DataError(f"{path}: merges of the model has {shown(merge)}, expected two pieces")
+    return pieces[0], pieces[1]
 
 
 def _from_unigram(path: Path, names: dict[str, str], options: dict) -> tokenizers.Tokenizer:
@@ -219,13 +232,46 @@ def _from_unigram(path: Path, names: dict[str, str], options: dict) -> tokenizer
         )
     pieces = [(piece, score) for piece, score in model["vocab"]]
     _check_unknown(path, pieces, model["unk_id"], names)
-    options = {**_unigram_options(config["normalizer"]), **options}
+    steps = config["normalizer"].get("normalizers")
+    if not isinstance(steps, list) or not all(isinstance(step, dict) and "type" in step for step in steps):
+        raise DataError(f"{path}: normalizers of the normalizer is {shown(steps)}, expected steps with their type")
+    try:
+        options = {**_unigram_options(config["normalizer"]), **options}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: precompiled_charsmap of the normalizer: {error}") from error
+    if options["charsmap"] is not None and not is_charsmap(options["charsmap"]):
+        raise DataError(f"{path}: precompiled_charsmap of the normalizer is not a trie and its texts")
     rebuilt = json.loads(unigram_backend(pieces, unk_id=model["unk_id"], **options).to_str())
     usual = json.loads(unigram_backend([("", 0.0)], unk_id=0).to_str())["normalizer"]["normalizers"]
     for step in config["normalizer"]["normalizers"]:
         if step not in usual and step["type"] != "Precompiled":
-            raise DataError(f"{path}: the normalizer has the step {step!r}, which ALBERT's has not")
-    return restore(json.dumps(rebuilt | {"added_tokens": config.get("added_tokens", [])}))
+            raise DataError(f"{path}: the normalizer has the step {shown(step)}, which ALBERT's has not")
+    return _restored(path, rebuilt | {"added_tokens": config.get("added_tokens", [])})
+
+
+def _restored(path: Path, config: dict) -> tokenizers.Tokenizer:
+    """The backend of the content of a tokenizer.json. DataError, with the part without which there would be one."""
+    try:
+        return restore(json.dumps(config))
+    except Exception as error:
+        nothing = {"version": "1.0", "added_tokens": []}
+        nothing |= dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+        for part in nothing:
+            if _restores(config | {part: nothing[part]}):
+                raise DataError(f"{path}: {part} is {shown(config.get(part))}: {_reason(error)}") from error
+        raise
+
+
+def _restores(config: dict) -> bool:
+    try:
+        restore(json.dumps(config))
+    except Exception:
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    return str(error)[:300]
 
 
 _READERS = {"WordPiece": _from_wordpiece, "BPE": _from_bpe, "Unigram": _from_unigram}
@@ -238,9 +284,34 @@ def _unigram_options(normalizer: dict) -> dict:
     return {"lowercase": "Lowercase" in steps, "keep_accents": "StripAccents" not in steps, "charsmap": charsmap}
 
 
+def _check_ids(path: Path, vocab: dict) -> None:
+    for token, index in vocab.items():
+        if type(index) is not int or not 0 <= index < 1 << 32:
+            raise DataError(f"{path}: the id of {shown(token)} is {shown(index)}, expected a number from 0 on")
+
+
+def _check_model(path: Path, model: dict) -> None:
+    """DataError unless the vocabulary of a model in a tokenizer.json is of the kind of the model."""
+    longest = model.get("max_input_chars_per_word", 100)
+    if type(longest) is not int or longest < 0:
+        raise DataError(f"{path}: max_input_chars_per_word of the model is {shown(longest)}, expected a count")
+    vocab, scored = model.get("vocab"), model["type"] == "Unigram"
+    if not isinstance(vocab, list if scored else dict):
+        kind = "pieces with their scores" if scored else "ids by token"
+        raise DataError(f"{path}: vocab of the model is {shown(vocab)}, expected {kind}")
+    if model["type"] == "BPE" and not isinstance(model.get("merges"), list):
+        raise DataError(f"{path}: merges of the model is {shown(model.get('merges'))}, expected pairs of pieces")
+    if not scored:
+        return _check_ids(path, vocab)
+    for piece in vocab:
+        number = isinstance(piece, list) and len(piece) == 2 and type(piece[1]) in (float, int)
+        if not number or not isinstance(piece[0], str) or not math.isfinite(piece[1]):
+            raise DataError(f"{path}: vocab of the model has {shown(piece)}, expected a piece and its score")
+
+
 def _check_unknown(path: Path, pieces: list[tuple[str, float]], unk_id: int, names: dict[str, str]) -> None:
     if not isinstance(unk_id, int) or not 0 <= unk_id < len(pieces) or pieces[unk_id][0] != names["unk_token"]:
-        raise DataError(f"{path}: unk_id is {unk_id!r}, expected the id of unk_token {names['unk_token']!r}")
+        raise DataError(f"{path}: unk_id is {shown(unk_id)}, expected the id of unk_token {names['unk_token']!r}")
 
 
 def _parts(path: Path) -> dict:
@@ -250,18 +321,19 @@ def _parts(path: Path) -> dict:
         value = config.get(part)
         kind = value.get("type") if isinstance(value, dict) else value
         if isinstance(expected, list) and kind == "Sequence":
-            kind = [one.get("type") for one in value["pretokenizers"]]
+            steps = value.get("pretokenizers")
+            kind = [one.get("type") for one in steps if isinstance(one, dict)] if isinstance(steps, list) else steps
         if kind != expected:
             raise DataError(
-                f"{path}: the {part} is {kind!r}, expected {expected!r}: only tokenizers of BERT, RoBERTa, ALBERT and "
-                "RoFormer are supported"
+                f"{path}: the {part} is {shown(kind)}, expected {expected!r}: only tokenizers of BERT, RoBERTa, "
+                "ALBERT and RoFormer are supported"
             )
     return config
 
 
 def _read_full(path: Path) -> dict:
     """The content of a tokenizer.json with a model of a known type; files of 2020 leave the type to be guessed."""
-    config = _read_json(path)
+    config = read_json(path, DataError)
     model = config.get("model")
     if isinstance(model, dict) and "type" not in model:
         vocab = model.get("vocab")
@@ -269,25 +341,14 @@ def _read_full(path: Path) -> dict:
         config["model"] = model = {"type": guessed, **model}
     kind = model.get("type") if isinstance(model, dict) else model
     if kind not in tuple(_PARTS):
-        raise DataError(f"{path}: the model is {kind!r}, expected one of {', '.join(map(repr, _PARTS))}")
+        raise DataError(f"{path}: the model is {shown(kind)}, expected one of {', '.join(map(repr, _PARTS))}")
+    _check_model(path, model)
     return config
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds a JSON {type(content).__name__}, expected an object")
-    return content
-
-
 def _read_lines(path: Path) -> list[str]:
-    try:
-        return path.read_bytes().decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: invalid UTF-8 at byte offset {error.start}") from error
+    lines = [line.removesuffix("\r") for line in read_text(path, DataError).split("\n")]
+    return lines if lines[-1] else lines[:-1]
 
 
 def _read_vocab(path: Path) -> dict[str, int]:

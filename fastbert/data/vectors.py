@@ -22,7 +22,8 @@ from fastbert.errors import DataError, MissingDependencyError, MissingFileError
 _HEADER = re.compile(rb"([0-9]{1,15}) ([0-9]{1,5})[ \r]*\n")
 _NUMERIC = frozenset(b"0123456789+-.eEnaifty \t\r")  # of numbers as text, inf and nan among them
 _LONGEST_WORD = 1 << 16  # bytes
-_BUFFER = 1 << 20
+_LONGEST_NUMBER = 64  # bytes of one written as text, with the space before it
+_BUFFER = 1 << 18
 _SCORES = 1 << 24  # similarities held at once
 _LONGEST_ROW = 10_000  # words: gensim cuts a row off there
 
@@ -203,17 +204,20 @@ def _is_binary(head: bytes, dimensions: int) -> bool:
 
 def _text_records(file: BinaryIO, path: Path, count: int, dimensions: int) -> Iterator[tuple[str, bytes, bytes]]:
     """Per word: where it stands, its bytes and those of its float32 values."""
+    longest = _LONGEST_WORD + _LONGEST_NUMBER * dimensions
     for number in range(count):
-        line, place = file.readline(), f"{path}:{number + 2}"
+        line, place = file.readline(longest), f"{path}:{number + 2}"
         if not line:
             raise _cut_short(path, number, count)
+        if len(line) == longest:
+            raise DataError(f"{place}: a line does not end within {longest} bytes, expected a word and numbers")
         word, *fields = line.rstrip(b" \r\n").split(b" ")
         if len(fields) != dimensions:
             raise DataError(f"{place}: {len(fields)} numbers after the word, expected the {dimensions} of the header")
         try:
             values = array("f", map(float, fields))
         except ValueError as error:
-            raise DataError(f"{place}: {error}, expected {dimensions} numbers") from error
+            raise DataError(f"{place}: {str(error)[:120]}, expected {dimensions} numbers") from error
         yield place, word, values.tobytes()
 
 

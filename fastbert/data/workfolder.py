@@ -2,10 +2,12 @@
 
 .<name>.work holds plan.json (what is being made, of what), scan.json and hashes.npy (what the first pass over the text
 found), one folder unit-<number> for each finished unit of the text, at last the finished corpus and, while that takes
-its place, what was there before. Everything is written under another name, synced to disk and then renamed.
+its place, what was there before. Everything is written under another name, synced to disk and then renamed; a JSON file
+has a checksum of what it says, and one that is damaged is as if it were not there: its work is done again.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -19,7 +21,8 @@ import numpy as np
 
 from fastbert.data.shards import MANIFEST, sha256_of
 from fastbert.data.text import Scan
-from fastbert.errors import DataError
+from fastbert.errors import DataError, MissingFileError
+from fastbert.files import read_json
 
 _PLAN, _SCAN, _HASHES, RECORD = "plan.json", "scan.json", "hashes.npy", "record.json"
 
@@ -35,10 +38,7 @@ class WorkFolder:
         """Keep what was finished with the same plan; remove what belongs to another, and say which it is."""
         for stray in self.path.glob(".*"):
             _remove(stray)
-        try:
-            found = json.loads((self.path / _PLAN).read_bytes())
-        except (FileNotFoundError, ValueError):
-            found = {}
+        found = _read(self.path / _PLAN) or {}
         if found == plan:
             done = self.finished()
             say(
@@ -50,7 +50,7 @@ class WorkFolder:
             say(f"{self.out}: an interrupted run was begun with other {other}; its work is removed and begun anew")
         self.clear()
         self.path.mkdir(exist_ok=True)
-        _write(self.path / _PLAN, plan)
+        write_record(self.path / _PLAN, plan)
 
     def clear(self) -> None:
         for path in self.path.iterdir():
@@ -60,12 +60,11 @@ class WorkFolder:
         return len(list(self.path.glob("unit-*")))
 
     def scan(self) -> Scan | None:
-        """What the first pass found, if it is finished."""
-        try:
-            content = json.loads((self.path / _SCAN).read_bytes())
-            return Scan(hashes=np.load(self.path / _HASHES), **content)
-        except FileNotFoundError:
+        """What the first pass found, if it is finished and undamaged."""
+        content, path = _read(self.path / _SCAN), self.path / _HASHES
+        if content is None or not path.is_file() or content.pop(_HASHES) != sha256_of(path):
             return None
+        return Scan(hashes=np.load(path), **content)
 
     def keep_scan(self, scan: Scan) -> None:
         content = asdict(scan)
@@ -73,7 +72,7 @@ class WorkFolder:
         np.save(temporary, content.pop("hashes"))
         sync(temporary)
         temporary.rename(self.path / _HASHES)
-        _write(self.path / _SCAN, content)
+        write_record(self.path / _SCAN, content | {_HASHES: sha256_of(self.path / _HASHES)})
 
     def unit(self, number: int) -> Path:
         return self.path / f"unit-{number:05d}"
@@ -81,12 +80,13 @@ class WorkFolder:
     def record(self, number: int) -> dict | None:
         """What was recorded of a unit, if all its shards are there as they were written; a damaged one is removed."""
         folder = self.unit(number)
-        if not (folder / RECORD).is_file():
+        if not folder.is_dir():
             return None
-        record = json.loads((folder / RECORD).read_bytes())
-        shards = [shard for split in record["splits"].values() for shard in split["shards"]]
-        if all((folder / s["file"]).is_file() and sha256_of(folder / s["file"]) == s["sha256"] for s in shards):
-            return record
+        record = _read(folder / RECORD)
+        if record is not None:
+            shards = [shard for split in record["splits"].values() for shard in split["shards"]]
+            if all((folder / s["file"]).is_file() and sha256_of(folder / s["file"]) == s["sha256"] for s in shards):
+                return record
         shutil.rmtree(folder)
         return None
 
@@ -165,11 +165,31 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _write(path: Path, content: dict) -> None:
+def write_record(path: Path, content: dict) -> dict:
+    """Write a JSON file whole, with a checksum of its content; return that as it is when it is read again."""
+    content = json.loads(json.dumps(content))
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps({"sha256": _checksum(content), "content": content}, ensure_ascii=False)
+    temporary.write_text(text, encoding="utf-8")
     sync(temporary)
+    if path.is_dir():
+        shutil.rmtree(path)
     temporary.rename(path)
+    return content
+
+
+def _read(path: Path) -> dict | None:
+    """The content of a file that write_record wrote; None if there is none or it is damaged."""
+    try:
+        record = read_json(path, DataError)
+    except (DataError, MissingFileError):
+        return None
+    content = record.get("content")
+    return content if isinstance(content, dict) and record.get("sha256") == _checksum(content) else None
+
+
+def _checksum(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _remove(path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.data import Tokenizer
-from fastbert.errors import ConfigError, DataError
+from fastbert.errors import ConfigError, DataError, shown
 from fastbert.finetune import metrics
 from fastbert.finetune.examples import Example
 from fastbert.finetune.report import Scores
@@ -47,9 +47,9 @@ class Classification(Task):
     ):
         super().__init__(tokenizer, labels, max_length=max_length, types=types)
         if problem_type not in KINDS:
-            raise ConfigError(f"problem_type is {problem_type!r}, expected one of {', '.join(KINDS)}")
+            raise ConfigError(f"problem_type is {shown(problem_type)}, expected one of {', '.join(KINDS)}")
         if truncation not in ("end", "middle"):
-            raise ConfigError(f"truncation is {truncation!r}, expected 'end' or 'middle'")
+            raise ConfigError(f"truncation is {shown(truncation)}, expected 'end' or 'middle'")
         self.problem_type, self.truncation = problem_type, truncation
         self.metrics = _METRICS[problem_type]
 

@@ -6,12 +6,12 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from os import PathLike
 from pathlib import Path
 
 from fastbert.config import nearest
-from fastbert.errors import ConfigError, DataError, MissingFileError
+from fastbert.errors import ConfigError, DataError, shown
+from fastbert.files import parse_json, read_bytes
 
 # The names under which a column is found if none is given, the first that is there.
 ALIASES = {
@@ -34,10 +34,10 @@ FORMATS = ("csv", "tsv", "jsonl", "conll", "tagged", "json", "squad", "txt")
 _SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".conll": "conll", ".bio": "conll"}
 _SUFFIXES |= {".json": "json", ".txt": "txt"}
 _LINE_END, _GAP = re.compile("\r\n|\n|\r"), re.compile("[ \t]+")
+_LINE = re.compile("[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+")  # with its end
 # The People's Daily numbers its rows, and sets compounds in brackets with a tag of their own: [中央/n 电台/n]nt.
 _ARTICLE = re.compile(r"\d{8}-\d{2}-\d{3}-\d{3}/m$")
 _COMPOUND = re.compile(r"(?<!\S)\[([^\[\]]+/[^\[\]/\s]+)\]\w*(?!\S)")
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def read_examples(
     if task not in ROLES:
         raise ConfigError(f"task is {task!r}, expected one of {', '.join(ROLES)}")
     if format not in (None, *FORMATS):
-        raise ConfigError(f"format is {format!r}, expected one of {', '.join(FORMATS)}{nearest(str(format), FORMATS)}")
+        raise ConfigError(f"format is {format!r}, expected one of {', '.join(FORMATS)}{nearest(format, FORMATS)}")
     roles = [role for part in ROLES[task] for role in part]
     for role in columns or {}:
         if role not in roles:
@@ -110,9 +110,7 @@ def read_examples(
 def _text_of(path: Path, errors: str) -> str:
     if errors not in ("strict", "replace"):
         raise ConfigError(f"errors is {errors!r}, expected 'strict' or 'replace'")
-    if not path.is_file():
-        raise MissingFileError(f"{path} does not exist, or is no file")
-    data = path.read_bytes()
+    data = read_bytes(path, DataError)
     try:
         return data.decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
@@ -145,13 +143,13 @@ class _Reader:
 
     def _table(self, text: str, kind: str) -> Iterator[Example]:
         plain = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {"strict": True}
-        rows = csv.reader(StringIO(text, newline=""), **plain)
+        rows = csv.reader((line[0] for line in _LINE.finditer(text)), **plain)
         csv.field_size_limit(1 << 30)
         begin = 1
         try:
             header = [name.strip() for name in next(rows, [])]
             if twice := sorted({name for name in header if header.count(name) > 1}):
-                raise DataError(f"{self._where(1)}: the column {twice[0]!r} is there twice")
+                raise DataError(f"{self._where(1)}: the column {shown(twice[0])} is there twice")
             names = self._names(header, self._where(1))
             begin = rows.line_num + 1
             for row in rows:
@@ -159,7 +157,7 @@ class _Reader:
                 if not row:
                     continue
                 if len(row) != len(header):
-                    raise DataError(f"{where}: {len(row)} columns, expected {len(header)}: {', '.join(header)}")
+                    raise DataError(f"{where}: {len(row)} columns, expected {len(header)}: {_listed(header)}")
                 record = dict(zip(header, row, strict=True))
                 yield self._example({role: record[name] for role, name in names.items()}, where, kind)
         except csv.Error as error:
@@ -169,10 +167,10 @@ class _Reader:
         for number, line in enumerate(_LINE_END.split(text), start=1):
             if not line.strip():
                 continue
-            yield self._object(self._parsed(line, self._where(number)), self._where(number))
+            yield self._object(parse_json(line, self._where(number), DataError), self._where(number))
 
     def _objects(self, text: str) -> Iterator[Example]:
-        for number, record in enumerate(self._parsed(text, str(self._path)), start=1):
+        for number, record in enumerate(parse_json(text, self._path, DataError), start=1):
             yield self._object(record, f"{self._path}: object {number}")
 
     def _object(self, record, where: str) -> Example:
@@ -181,16 +179,6 @@ class _Reader:
         names = self._names(list(record), where)
         return self._example({role: record[name] for role, name in names.items()}, where, "jsonl")
 
-    @staticmethod
-    def _parsed(text: str, where: str):
-        try:
-            content = json.loads(text)
-            if _SURROGATE.search(text):
-                json.dumps(content, ensure_ascii=False).encode()
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not valid JSON: {error}") from None
-        return content
-
     def _names(self, given: list[str], where: str) -> dict[str, str]:
         """The column of each role."""
         names, asked = {}, self._needed + self._possible + (self._labels if self._labelled is not False else ())
@@ -198,7 +186,7 @@ class _Reader:
             if role in self._columns:
                 if self._columns[role] not in given:
                     name = self._columns[role]
-                    raise DataError(f"{where}: no column {name!r} for {role}; it has {', '.join(given)}")
+                    raise DataError(f"{where}: no column {name!r} for {role}; it has {_listed(given)}")
                 names[role] = self._columns[role]
             else:
                 taken = {*names.values(), *self._columns.values()}
@@ -208,7 +196,7 @@ class _Reader:
         for role in self._needed + (self._labels if self._labelled else ()):
             if role not in names:
                 raise DataError(
-                    f"{where}: no column for {role}; it has {', '.join(given) or 'none'}; expected one of "
+                    f"{where}: no column for {role}; it has {_listed(given)}; expected one of "
                     f"{', '.join(ALIASES[role])}, or name it: columns {role}=NAME"
                 )
         return names
@@ -241,7 +229,7 @@ class _Reader:
         elif isinstance(label, list) and all(isinstance(one, str) and one for one in label):
             pass
         elif not isinstance(label, str) and not (isinstance(label, float) and math.isfinite(label)):
-            raise DataError(f"{where}: label is {label!r}, expected a text, a number, or a list of texts")
+            raise DataError(f"{where}: label is {shown(label)}, expected a text, a number, or a list of texts")
         return Example(text, pair, label, identity, where)
 
     # -- tagged text ---------------------------------------------------------------------------------------------------
@@ -252,7 +240,7 @@ class _Reader:
             if values is None and name == "tags" and not self._labelled:
                 continue
             if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
-                raise DataError(f"{where}: {name} is {_shown(values)}, expected a list of texts, none of them empty")
+                raise DataError(f"{where}: {name} is {shown(values)}, expected a list of texts, none of them empty")
         if not tokens:
             raise DataError(f"{where}: no tokens")
         if tags is not None and len(tags) != len(tokens):
@@ -272,10 +260,12 @@ class _Reader:
             if not tokens:
                 begin = number
             if len(parts) < 2 and self._labelled is not False:
-                raise DataError(f"{self._where(number)}: {line.strip()!r}, expected a token and its tag")
+                raise DataError(f"{self._where(number)}: {shown(line.strip())}, expected a token and its tag")
             columns = columns or len(parts)
             if len(parts) != columns:
-                raise DataError(f"{self._where(number)}: {len(parts)} columns, expected {columns} as before: {line!r}")
+                raise DataError(
+                    f"{self._where(number)}: {len(parts)} columns, expected {columns} as before: {shown(line)}"
+                )
             if max(places.values()) > columns:
                 raise DataError(f"{self._where(number)}: {columns} columns, expected at least {max(places.values())}")
             tokens.append(parts[places["tokens"] - 1])
@@ -295,7 +285,7 @@ class _Reader:
             units = _cut(_COMPOUND.sub(r"\1", line))
             pairs = [unit.rpartition("/") for unit in units if not _ARTICLE.match(unit)]
             if not all(word and tag for word, _, tag in pairs):
-                raise DataError(f"{self._where(number)}: {_shown(line)}, expected words with their tags, word/tag")
+                raise DataError(f"{self._where(number)}: {shown(line)}, expected words with their tags, word/tag")
             if pairs:
                 tags = None if self._labelled is False else [tag for _, _, tag in pairs]
                 yield self.tagged([word for word, _, _ in pairs], tags, self._where(number))
@@ -308,19 +298,34 @@ class _Reader:
                 yield Example(line.strip(), where=self._where(number))
 
     def _squad(self, text: str) -> Iterator[Example]:
-        content = self._parsed(text, str(self._path))
-        try:
-            for article in content["data"]:
-                for paragraph in article["paragraphs"]:
-                    for question in paragraph["qas"]:
-                        where = f"{self._path}: question {question['id']}"
-                        values = {"question": question["question"], "context": paragraph["context"]}
-                        values["id"] = question["id"]
-                        if self._labelled or self._labelled is None and "answers" in question:
-                            values["answers"] = question.get("answers")
-                        yield self._example(values, where, "jsonl")
-        except (TypeError, KeyError) as error:
-            raise DataError(f"{self._path}: not in the form of SQuAD: {error!r}") from None
+        tree = parse_json(text, self._path, DataError)
+        for at, article in self._branches(tree, "data"):
+            for there, paragraph in self._branches(article, "paragraphs", f"{at}."):
+                for here, question in self._branches(paragraph, "qas", f"{there}."):
+                    yield self._asked(question, here, paragraph, there)
+
+    def _branches(self, tree, name: str, above: str = "") -> Iterator[tuple[str, dict]]:
+        """What SQuAD's tree has under a name, each with its place."""
+        found = tree.get(name) if isinstance(tree, dict) else None
+        if not isinstance(found, list):
+            given = f"{above}{name} is {shown(found)}"
+            raise DataError(f"{self._path}: not in the form of SQuAD: {given}, expected a list of objects")
+        return ((f"{above}{name}[{number}]", branch) for number, branch in enumerate(found))
+
+    def _asked(self, question, here: str, paragraph: dict, there: str) -> Example:
+        parts = (("id", question, here), ("question", question, here), ("context", paragraph, there))
+        for name, given, place in parts:
+            if not isinstance(given, dict) or name not in given:
+                raise DataError(f"{self._path}: not in the form of SQuAD: no {name} in {place}, {shown(given)}")
+        values = {"question": question["question"], "context": paragraph["context"], "id": question["id"]}
+        if self._labelled or self._labelled is None and "answers" in question:
+            values["answers"] = question.get("answers")
+        return self._example(values, f"{self._path}: question {shown(question['id'])}", "jsonl")
+
+
+def _listed(names: list[str]) -> str:
+    text = ", ".join(names)
+    return (text if len(text) <= 400 else f"{text[:397]}...") or "none"
 
 
 def _json_kind(text: str) -> str:
@@ -339,23 +344,23 @@ def _answers(given, context: str, where: str, kind: str) -> list[tuple[str, int]
     if kind in ("csv", "tsv"):
         place = context.find(given)
         if place < 0:
-            raise DataError(f"{where}: the answer {_shown(given)} is not in the context")
+            raise DataError(f"{where}: the answer {shown(given)} is not in the context")
         return [(given, place)] if given else []
     if isinstance(given, dict) and given.keys() >= {"text", "answer_start"}:
         texts, places = given["text"], given["answer_start"]
         if not (isinstance(texts, list) and isinstance(places, list) and len(texts) == len(places)):
-            raise DataError(f"{where}: answers is {_shown(given)}, expected as many texts as answer_start")
+            raise DataError(f"{where}: answers is {shown(given)}, expected as many texts as answer_start")
         given = [{"text": one, "answer_start": place} for one, place in zip(texts, places, strict=True)]
     if not isinstance(given, list):
-        raise DataError(f"{where}: answers is {_shown(given)}, expected a list of text and answer_start")
+        raise DataError(f"{where}: answers is {shown(given)}, expected a list of text and answer_start")
     found = []
     for answer in given:
         text, place = (answer.get("text"), answer.get("answer_start")) if isinstance(answer, dict) else (None, None)
         if not isinstance(text, str) or not text or type(place) is not int:
-            raise DataError(f"{where}: an answer is {_shown(answer)}, expected text and answer_start")
+            raise DataError(f"{where}: an answer is {shown(answer)}, expected text and answer_start")
         if place < 0 or context[place : place + len(text)] != text:
             there = context[max(place, 0) : max(place, 0) + len(text)]
-            raise DataError(f"{where}: at {place} the context says {_shown(there)}, the answer is {_shown(text)}")
+            raise DataError(f"{where}: at {place} the context says {shown(there)}, the answer is {shown(text)}")
         found.append((text, place))
     return found
 
@@ -363,8 +368,3 @@ def _answers(given, context: str, where: str, kind: str) -> list[tuple[str, int]
 def _cut(line: str) -> list[str]:
     """What stands between spaces and tabs; other white space may be a token."""
     return [part for part in _GAP.split(line) if part]
-
-
-def _shown(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

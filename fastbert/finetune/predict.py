@@ -1,6 +1,7 @@
 """What a fine-tuned model says of new texts."""
 
-import json
+import types
+import typing
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch
 
 from fastbert import checkpoint, from_pretrained, hub, model_class
 from fastbert.data import Tokenizer
-from fastbert.errors import CheckpointError, DataError, MissingFileError
+from fastbert.errors import CheckpointError, DataError, MissingFileError, shown
+from fastbert.files import read_json
 from fastbert.finetune.examples import Example
 from fastbert.finetune.finetune import TASKS
 from fastbert.finetune.loop import TASK_FILE, infer
@@ -110,12 +112,28 @@ def read_task(folder: Path) -> Task:
     path = folder / TASK_FILE
     if not path.is_file():
         raise MissingFileError(f"model folder {folder} has no {TASK_FILE}; expected one written by fastbert finetune")
+    content = read_json(path, CheckpointError)
+    task, settings = content.get("task"), content.get("settings")
+    if not isinstance(task, str) or task not in TASKS:
+        raise CheckpointError(f"{path}: task is {shown(task)}, expected one of {', '.join(TASKS)}")
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path}: settings is {shown(settings)}, expected options by name")
+    kinds = typing.get_type_hints(TASKS[task].__init__)
+    for name, value in settings.items():
+        if name not in kinds or not _is_of(value, kinds[name]):
+            given = f"settings has {shown(name)} = {shown(value)}"
+            raise CheckpointError(f"{path}: {given}, which does not fit the task {task}")
+    tokenizer = Tokenizer.from_pretrained(folder)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        task, settings = TASKS[content["task"]], dict(content["settings"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged or of another version: {error!r}") from None
-    try:
-        return task(Tokenizer.from_pretrained(folder), **settings)
-    except (TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path} has settings that do not fit the task {task.name}: {error}") from None
+        return TASKS[task](tokenizer, **settings)
+    except (TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} has settings that do not fit the task {task}: {error}") from None
+
+
+def _is_of(value, kind) -> bool:
+    """Whether a value of JSON is of the type of an argument."""
+    if isinstance(kind, types.UnionType):
+        return any(_is_of(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is Sequence:
+        return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    return type(value) is kind or kind is float and type(value) is int

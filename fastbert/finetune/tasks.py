@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.data import Tokenizer
-from fastbert.errors import ConfigError, DataError
+from fastbert.errors import ConfigError, DataError, shown
 from fastbert.finetune.examples import Example
 from fastbert.finetune.report import Scores
 from fastbert.train.feed import MicroBatch
@@ -46,9 +46,9 @@ class Task:
         self.tokenizer, self.labels, self.max_length, self.types = tokenizer, list(labels), max_length, types
         self.number = {label: index for index, label in enumerate(self.labels)}
         if type(max_length) is not int or max_length < 8:
-            raise ConfigError(f"max_length is {max_length!r}, expected an integer of at least 8")
+            raise ConfigError(f"max_length is {shown(max_length)}, expected an integer of at least 8")
         if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
-            raise ConfigError(f"labels is {labels!r}, expected a list of names")
+            raise ConfigError(f"labels is {shown(labels)}, expected a list of names")
 
     @property
     def metric(self) -> str:

@@ -2,7 +2,7 @@
 
 from fastbert import checkpoint, hub
 from fastbert.config import EncoderConfig
-from fastbert.errors import CheckpointError, ConfigError
+from fastbert.errors import CheckpointError, ConfigError, shown
 from fastbert.models.albert import (
     AlbertForMaskedLM,
     AlbertForMultipleChoice,
@@ -136,7 +136,7 @@ def from_pretrained(folder, dtype=None, device=None, revision=None, **changes):
         return model_class(config.model_type, "model").from_pretrained(folder, dtype, device, **changes)
     if name not in by_name:
         raise CheckpointError(
-            f"model folder {folder} holds a {name}, which fastbert does not have; call from_pretrained of one of "
-            f"{', '.join(by_name)}"
+            f"config file {checkpoint.config_file(folder)}: architectures names {shown(name)}, which fastbert does not "
+            f"have; call from_pretrained of one of {', '.join(by_name)}"
         )
     return by_name[name].from_pretrained(folder, dtype, device, **changes)

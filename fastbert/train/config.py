@@ -1,20 +1,21 @@
 """What can be set: flat, typed option classes. `--help`, YAML files and keyword arguments all read these fields."""
 
+import contextlib
 import math
 import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-import yaml
-
 from fastbert.config import BASE, nearest
 from fastbert.data import COUNTS, LEVELS, MASKINGS, OBJECTIVES, PACKINGS, SEPARATORS, WORDS, Masking
 from fastbert.data.objectives import check_objective
 from fastbert.data.segmenters import check_words
-from fastbert.errors import ConfigError, MissingFileError
+from fastbert.errors import ConfigError, shown
+from fastbert.files import read_text
 from fastbert.optim import OPTIMIZERS, SCHEDULES
 from fastbert.train.from_tensorflow import ACTIVATIONS, VARIANTS
+from fastbert.train.yaml_text import parse_yaml
 
 
 def option(default, help: str, *, choices=None, least=None, below=None):
@@ -36,30 +37,32 @@ class Options:
 
     @classmethod
     def from_dict(cls, values: dict, source: str = "config"):
-        """The options with `values` set; an unknown key is a ConfigError with the nearest known one."""
-        cls.check_keys(values, source)
-        return cls(**values)
+        """The options with `values` set; errors of `check`."""
+        cls.check(values, source)
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
 
     @classmethod
-    def check_keys(cls, values: dict, source: str = "config") -> None:
-        """ConfigError for a key that is no option."""
-        known = {entry.name for entry in fields(cls)}
-        for key in values:
+    def check(cls, values: dict, source: str = "config") -> None:
+        """ConfigError, with their `source`, for a key that is no option, with the nearest that is one, and for a value
+        that an option does not take."""
+        known = {entry.name: entry for entry in fields(cls)}
+        for key, value in values.items():
             if key not in known:
-                raise ConfigError(f"{source}: unknown key {key!r} = {values[key]!r}{nearest(str(key), known)}")
+                raise ConfigError(f"{source}: unknown key {shown(key)} = {shown(value)}{nearest(key, known)}")
+            try:
+                _checked(known[key], value)
+            except ConfigError as error:
+                raise ConfigError(f"{source}: {error}") from None
 
     @staticmethod
     def read_yaml(path) -> dict:
         """The keys and values of a YAML file; `MissingFileError` or `ConfigError` name the path."""
-        path = Path(path)
-        if not path.is_file():
-            raise MissingFileError(f"config file {path} does not exist")
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        values = parse_yaml(read_text(path, ConfigError), path)
         if not isinstance(values, dict):
-            raise ConfigError(f"config file {path} holds a {type(values).__name__}, expected keys and values")
+            raise ConfigError(f"{path} holds a {type(values).__name__}, expected keys and values")
         return values
 
 
@@ -415,10 +418,10 @@ def _checked(entry, value):
     many = typing.get_origin(entry.type)
     if many in (list, tuple):
         if isinstance(value, str | dict) or not hasattr(value, "__iter__"):
-            raise ConfigError(f"{entry.name} is {value!r}, expected a list")
+            raise ConfigError(f"{entry.name} is {shown(value)}, expected a list")
         values = many(_checked_scalar(entry, kind, part) for part in value)
         if many is tuple and len(values) != len(default_of(entry)):
-            raise ConfigError(f"{entry.name} is {value!r}, expected {len(default_of(entry))} values")
+            raise ConfigError(f"{entry.name} is {shown(value)}, expected {len(default_of(entry))} values")
         return values
     return _checked_scalar(entry, kind, value)
 
@@ -426,17 +429,16 @@ def _checked(entry, value):
 def _checked_scalar(entry, kind: type, value):
     limits, name = entry.metadata, entry.name
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:  # YAML reads 1e-4 as a string
-            value = float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(value)  # YAML reads 1e-4 as a string
     if kind is str and isinstance(value, Path):
         value = str(value)
-    if type(value) is not kind or kind is float and not math.isfinite(value):
-        raise ConfigError(f"{name} is {value!r} ({type(value).__name__}), expected {kind.__name__}")
+    named = kind is not dict or type(value) is dict and all(isinstance(key, str) for key in value)
+    if type(value) is not kind or kind is float and not math.isfinite(value) or not named:
+        raise ConfigError(f"{name} is {shown(value)} ({type(value).__name__}), expected {kind.__name__}")
     if limits["choices"] and value not in limits["choices"]:
         known = [choice for choice in limits["choices"] if choice is not None]
-        raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(known)}{nearest(str(value), known)}")
+        raise ConfigError(f"{name} is {shown(value)}, expected one of {', '.join(known)}{nearest(value, known)}")
     if limits["least"] is not None and not value >= limits["least"]:
         raise ConfigError(f"{name} is {value}, expected at least {limits['least']}")
     if limits["below"] is not None and not value < limits["below"]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from fastbert import checkpoint
 from fastbert.config import EncoderConfig
 from fastbert.data import Tokenizer
-from fastbert.errors import CheckpointError, DataError, MissingFileError
+from fastbert.errors import CheckpointError, ConfigError, DataError, MissingFileError
+from fastbert.files import read_text
 from fastbert.models import RobertaForMaskedLM
 from fastbert.train import state
 from fastbert.weights import plain_tensors, read_pickle
@@ -63,7 +64,10 @@ def from_fairseq(path: str | PathLike, out: str | PathLike) -> RobertaForMaskedL
             (temporary / name).write_text(text, encoding="utf-8")
         if tokenizer:
             shutil.copyfile(path.parent / "vocab.bpe", temporary / "merges.txt")
-            Tokenizer.from_pretrained(temporary)
+            try:
+                Tokenizer.from_pretrained(temporary)
+            except DataError as error:
+                raise DataError(f"{path.parent}: {', '.join(_VOCABULARY)} make no tokenizer: {error}") from None
     return model
 
 
@@ -80,7 +84,10 @@ def _config(path: Path, arguments: dict, tensors: dict[str, Tensor]) -> EncoderC
             raise CheckpointError(f"{path}: {name} has shape {list(tensors[name].shape)}; expected two sizes")
         tables[field] = len(tensors[name])
     values = {field: arguments[name] for field, name in _ARGUMENTS.items()}
-    return EncoderConfig("roberta", **values, **tables)
+    try:
+        return EncoderConfig("roberta", **values, **tables)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: the arguments are not those of a RoBERTa: {error}") from None
 
 
 def _tokenizer(folder: Path, vocab_size: int) -> dict[str, str]:
@@ -89,10 +96,7 @@ def _tokenizer(folder: Path, vocab_size: int) -> dict[str, str]:
     if not all((folder / name).is_file() for name in _VOCABULARY):
         return {}
     pairs = {str(index): token for token, index in checkpoint.read_config(folder / "encoder.json").items()}
-    try:
-        lines = (folder / "dict.txt").read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{folder / 'dict.txt'} is not UTF-8: {error}") from None
+    lines = read_text(folder / "dict.txt", DataError).splitlines()
     tokens = [*_SPECIAL, *(pairs.get(line.split(" ")[0], line.split(" ")[0]) for line in lines), _MASK]
     if len(tokens) != vocab_size or len(set(tokens)) != vocab_size:
         raise DataError(f"{folder / 'dict.txt'} makes {len(set(tokens))} tokens, expected {vocab_size} as in the model")

@@ -18,6 +18,7 @@ from fastbert.config import EncoderConfig, nearest
 from fastbert.data import Tokenizer
 from fastbert.data.spiece import read_spiece
 from fastbert.errors import CheckpointError, ConfigError, DataError, MissingFileError
+from fastbert.files import read_text
 from fastbert.models import model_class
 from fastbert.models.electra import GENERATOR
 from fastbert.tensorflow_checkpoint import Entry, TensorflowCheckpoint
@@ -96,8 +97,8 @@ def from_tensorflow(
     if activation not in ACTIVATIONS:
         raise ConfigError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     entries = _weights(source.entries)
-    written = _read_config(source.prefix.parent, "discriminator")
-    variant = _variant(source, entries, written or {}, variant)
+    written = _config_file(source.prefix.parent, "discriminator")
+    variant = _variant(source, entries, {} if written is None else checkpoint.read_config(written), variant)
     family, _ = _VARIANTS[variant]
     tensors = {name: source.read(name) for name in entries}
     parts = _parts(tensors) if family == "electra" else [(out.name, tensors)]
@@ -112,25 +113,30 @@ def _written(
     source: TensorflowCheckpoint,
     variant: str,
     activation: str,
-    written: dict | None,
+    written: Path | None,
     parts: list[tuple[str, dict[str, Tensor]]],
 ) -> Iterator["Converted"]:
     """Writes the models of a checkpoint into a folder."""
     family, trained_act = _VARIANTS[variant]
     for part, own in parts:
         folder = out / GENERATOR if part == GENERATOR else out
-        values = _read_config(source.prefix.parent, GENERATOR) if part == GENERATOR else written
-        if values is None and family != "electra":
+        path = _config_file(source.prefix.parent, GENERATOR) if part == GENERATOR else written
+        if path is None and family != "electra":
             raise MissingFileError(
                 f"there is no config beside the TensorFlow checkpoint {source.prefix}; expected one of "
                 f"{', '.join(_CONFIGS)}"
             )
-        act = None if values is None else values.get("hidden_act")
-        values = (_sizes(own) if values is None else values) | {"model_type": family}
+        values = _sizes(own) if path is None else checkpoint.read_config(path)
+        act = None if path is None else values.get("hidden_act")
+        values |= {"model_type": family}
         if activation == "as-trained" and values.get("hidden_act", "gelu") == "gelu":
             values["hidden_act"] = trained_act
-        config = EncoderConfig.from_dict(values)
-        model = _model(config, {_renamed(name, family): _turned(name, own[name]) for name in own}, source)
+        try:
+            config = EncoderConfig.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path or source.prefix}: {error}") from None
+        where = f"TensorFlow checkpoint {source.prefix}" + ("" if path is None else f" ({path.name})")
+        model = _model(config, {_renamed(name, family): _turned(name, own[name]) for name in own}, where)
         model.save_pretrained(folder)
         yield Converted(folder, type(model), config, act)
 
@@ -209,7 +215,7 @@ def _turned(name: str, tensor: Tensor) -> Tensor:
     return tensor.t().contiguous() if name.endswith("/kernel") and tensor.dim() == 2 else tensor
 
 
-def _model(config: EncoderConfig, tensors: dict[str, Tensor], source: TensorflowCheckpoint):
+def _model(config: EncoderConfig, tensors: dict[str, Tensor], source: str):
     def there(*prefixes: str) -> bool:
         return any(name.startswith(prefixes) for name in tensors)
 
@@ -219,11 +225,11 @@ def _model(config: EncoderConfig, tensors: dict[str, Tensor], source: Tensorflow
         task = "pretraining"
     with torch.device("meta"):
         model = model_class(config.model_type, task)(config)
-    checkpoint.fill(model, tensors, f"TensorFlow checkpoint {source.prefix}")
+    checkpoint.fill(model, tensors, source)
     return model
 
 
-def _read_config(folder: Path, part: str) -> dict | None:
+def _config_file(folder: Path, part: str) -> Path | None:
     """The config beside a checkpoint, None if there is none; that of ELECTRA's generator must be called so."""
     found = [folder / name for name in _CONFIGS if part != GENERATOR and (folder / name).is_file()][:1]
     found = found or sorted(folder.glob(f"*{part}*config*.json"))
@@ -231,7 +237,7 @@ def _read_config(folder: Path, part: str) -> dict | None:
         raise CheckpointError(
             f"folder {folder} has {', '.join(one.name for one in found)}; expected one {part}'s config"
         )
-    return checkpoint.read_config(found[0]) if found else None
+    return found[0] if found else None
 
 
 def _copy_tokenizer(folder: Path, out: Path, variant: str, config: EncoderConfig) -> None:
@@ -243,14 +249,14 @@ def _copy_tokenizer(folder: Path, out: Path, variant: str, config: EncoderConfig
     if copied.suffix == ".model":
         tokens, kind = [piece for piece, _ in read_spiece(copied).pieces], "AlbertTokenizer"
     else:
-        try:
-            tokens = copied.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{folder / name} is not UTF-8, as BERT's vocabularies are: {error}") from None
+        tokens = read_text(folder / name, DataError).splitlines()
         kind = "RoFormerTokenizer" if variant in _WORD_LEVEL else "BertTokenizer"
     capitals = any(re.search(r"[A-Z]", token) for token in tokens if not re.fullmatch(r"[\[<].*[\]>]", token))
     values = {"tokenizer_class": kind, "do_lower_case": not capitals}
     (out / "tokenizer_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    size = Tokenizer.from_pretrained(out).vocab_size
+    try:
+        size = Tokenizer.from_pretrained(out).vocab_size
+    except DataError as error:
+        raise DataError(f"{folder / name} makes no tokenizer: {error}") from None
     if size > config.vocab_size:
         raise CheckpointError(f"{folder / name} has {size} tokens; expected at most vocab_size = {config.vocab_size}")

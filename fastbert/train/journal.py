@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastbert.errors import MissingDependencyError, StorageError
+from fastbert.errors import CheckpointError, MissingDependencyError, StorageError
+from fastbert.files import read_bytes
 
 LOG = "log.jsonl"
 _SECONDS_BETWEEN_LINES = 10
@@ -105,7 +106,7 @@ class Journal:
 def read_log(folder: str | os.PathLike, event: str) -> list[dict]:
     """The records of one kind in the log of a run; none if there is no log."""
     path = Path(folder) / LOG
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    lines = read_bytes(path, CheckpointError).splitlines() if path.exists() else []
     return [record for record in map(_record, lines) if record is not None and record.get("event") == event]
 
 
@@ -120,7 +121,7 @@ def _record(line: bytes) -> dict | None:
 
 def _forget_after(path: Path, step: int) -> None:
     """Drops the records of steps that will be taken again, and lines that were not written whole."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = read_bytes(path, CheckpointError).splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith(b"\n") and _is_before(_record(line), step)]
     temporary = path.with_suffix(".new")
     temporary.write_bytes(b"".join(kept))

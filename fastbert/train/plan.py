@@ -183,7 +183,7 @@ def _misfits(recipe: Recipe, corpus: Corpus | None) -> list[str]:
     if corpus is None:
         return []
     level, words = recipe.text.get("level", "char"), recipe.text.get("words", "none")
-    own, found = corpus.load_tokenizer().level, corpus.manifest["settings"]["words"]
+    own, found = corpus.load_tokenizer().level, corpus.manifest["settings"].get("words")
     notes = []
     if own != level:
         notes.append(f"its tokenizer is of level {own}, the recipe's of level {level}")

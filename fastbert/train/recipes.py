@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from fastbert.config import EncoderConfig, nearest
-from fastbert.errors import ConfigError, MissingFileError
+from fastbert.errors import ConfigError, MissingFileError, shown
+from fastbert.files import is_plain_name
 from fastbert.train.config import Options, PretrainConfig, TextOptions
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -73,6 +74,7 @@ class Recipe:
         """The options of a phase, with changes: fields of the architecture are changed one by one, an `init` takes the
         place of the recipe's architecture, `epochs` that of its steps."""
         own = self.settings | {name: value for name, value in self.phases[number].items() if name != "name"}
+        PretrainConfig.check(own, f"recipe {self.name}")
         if changes.get("init"):
             own = {name: value for name, value in own.items() if name not in ("preset", "model")}
             own["variant"] = self.family
@@ -93,16 +95,20 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     kinds = {entry.name: entry for entry in fields(Recipe) if entry.name != "name"}
     for key, value in values.items():
         if key not in (*kinds, "extends"):
-            raise ConfigError(f"recipe {path}: unknown key {key!r}{nearest(str(key), [*kinds, 'extends'])}")
+            raise ConfigError(f"recipe {path}: unknown key {shown(key)}{nearest(key, [*kinds, 'extends'])}")
         expected = _KINDS.get(key, list if key in _LISTS else str)
         if not isinstance(value, expected) and not (value is None and key in ("paper", "corpus", "begins")):
-            raise ConfigError(f"recipe {path}: {key} is {value!r}, expected a {expected.__name__}")
+            raise ConfigError(f"recipe {path}: {key} is {shown(value)}, expected a {expected.__name__}")
     base = values.pop("extends", None)
     if base is not None:
+        if not is_plain_name(f"{base}.yaml"):
+            raise ConfigError(f"recipe {path}: extends is {shown(base)}, expected the name of a recipe")
         beside = path.parent / f"{base}.yaml"
         below = beside if beside.is_file() and beside.resolve() != path.resolve() else FOLDER / f"{base}.yaml"
         if below.resolve() in (path.resolve(), *seen):
             raise ConfigError(f"recipe {path}: extends {base!r}, which extends it")
+        if not below.is_file():
+            raise MissingFileError(f"recipe {path}: extends {base!r}, but {below} does not exist")
         lower = _read(below, (*seen, path.resolve()))
         merged = {key: lower.get(key, {}) | values.get(key, {}) for key in _KINDS}
         values = lower | values | merged

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fastbert.errors import CheckpointError, ConfigError
+from fastbert.errors import CheckpointError, ConfigError, shown
 from fastbert.train import state
 from fastbert.train.config import PretrainConfig, TextOptions
 from fastbert.train.journal import read_log
 from fastbert.train.setup import CHECKPOINTS
+from fastbert.train.spikes import WINDOW
 from fastbert.train.world import World, launch
 
 # What a resumed run may be told anew: how it is written and watched, and where. That the data are the same is seen
@@ -21,8 +24,65 @@ _FREE = {entry.name for entry in dataclasses.fields(TextOptions)} | set(
 )
 
 
-# What a checkpoint's state holds, and of what kind it is.
-_STATE = {"step": int, "update": int, "data": str, "global_batch": int, "config": dict, "window": (dict, list)}
+def _is_count(value) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53
+
+
+def _is_number(value) -> bool:
+    return type(value) is float or _is_count(value)
+
+
+def _are_numbers(value, count: int | None = None) -> bool:
+    return isinstance(value, list) and len(value) == (count or len(value)) and all(map(_is_number, value))
+
+
+def _are_counts(value) -> bool:
+    return isinstance(value, dict) and all(_is_number(count) and math.isfinite(count) for count in value.values())
+
+
+def _has(value, **parts: Callable[[object], bool]) -> bool:
+    return isinstance(value, dict) and all(fits(value.get(name)) for name, fits in parts.items())
+
+
+def _is_window(value) -> bool:
+    return _are_numbers(value, 3) or _has(value, losses=_are_numbers, counts=_are_counts)
+
+
+def _is_scale(value) -> bool:
+    return _has(value, scale=_is_number, good=_is_count)
+
+
+def _is_old_scale(value) -> bool:
+    return value == {} or _has(value, scale=_is_number, _growth_tracker=_is_count)
+
+
+def _is_history(value) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_are_numbers(row, WINDOW) for row in value)
+
+
+def _are_spikes(value) -> bool:
+    return _has(value, recent=_is_history, count=_is_count)
+
+
+def _is_best(value) -> bool:
+    return isinstance(value, list) and len(value) == 2 and _is_number(value[0]) and isinstance(value[1], str)
+
+
+# What a checkpoint's state holds: whether it may be None or absent, what it must be, and that in words.
+_STATE = {
+    "step": (False, _is_count, "a count"),
+    "update": (False, _is_count, "a count"),
+    "data": (False, lambda value: isinstance(value, str), "a checksum"),
+    "global_batch": (False, _is_count, "a count"),
+    "config": (False, lambda value: isinstance(value, dict), "options by name"),
+    "window": (False, _is_window, "losses and counts"),
+    "loss": (True, _is_number, "a number"),
+    "validation_loss": (True, _is_number, "a number"),
+    "loss_scale": (True, _is_scale, "scale and good"),
+    "scaler": (True, _is_old_scale, "scale and _growth_tracker"),
+    "spikes": (True, _are_spikes, f"recent, two lists of {WINDOW} numbers, and count"),
+    "best": (True, _is_best, "a loss and the name of a checkpoint"),
+}
 
 
 def after_restart(config: PretrainConfig, world: World) -> PretrainConfig:
@@ -52,10 +112,10 @@ def find_checkpoint(config: PretrainConfig, world: World) -> tuple[Path | None, 
 def read_state(checkpoint: Path) -> dict:
     """The state of a checkpoint; CheckpointError if something is not in it, or is of another kind."""
     content = state.read_state(checkpoint)
-    for name, kind in _STATE.items():
-        if not isinstance(content.get(name), kind):
-            path, found = checkpoint / state.STATE, content.get(name)
-            raise CheckpointError(f"{path}: {name} is {found!r}, expected {_named(kind)}")
+    for name, (optional, fits, expected) in _STATE.items():
+        value = content.setdefault(name, None)
+        if not (optional and value is None) and not fits(value):
+            raise CheckpointError(f"{checkpoint / state.STATE}: {name} is {shown(value)}, expected {expected}")
     return content
 
 
@@ -101,7 +161,3 @@ def begun_config(folder: Path) -> dict:
 
 def _plain(config: PretrainConfig) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def _named(kind: type | tuple[type, ...]) -> str:
-    return " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))

@@ -145,7 +145,7 @@ def _trained_tokenizer(options: TextOptions, kept: Path) -> Tokenizer:
         asked |= {name: getattr(options, name) for name in ("words", "tag_separator", "segmenter_model")}
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in map(Path, options.files)]
     made_of, note = json.dumps([files, asked]), kept / "made-of.json"
-    if note.exists() and note.read_text(encoding="utf-8") == made_of:
+    if note.is_file() and note.read_bytes() == made_of.encode():
         print(f"{kept}: going on with the tokenizer that an interrupted run has trained", file=sys.stderr, flush=True)
         return Tokenizer.from_pretrained(kept)
     tokenizer = Tokenizer.train(options.files, **asked)

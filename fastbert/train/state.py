@@ -21,12 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastbert.errors import CheckpointError, FastBertError, MissingFileError, StorageError
+from fastbert.errors import CheckpointError, FastBertError, MissingFileError, StorageError, shown
+from fastbert.files import is_plain_name, read_json
 from fastbert.optim import is_sharded, placed_as
 
 STATE, OPTIMIZER, MANIFEST = "state.json", "optimizer.safetensors", "manifest.json"
 _NAME = re.compile(r"step-\d{8,}")
-_CHUNK = 1 << 22
+_CHUNK = 1 << 18
 _HERE, _RENAME_EXCHANGE = -100, 2  # of renameat2: AT_FDCWD, and its flag
 
 
@@ -139,26 +140,31 @@ def latest(root: Path, report: Callable[[str], None]) -> Path:
 def verify(folder: Path) -> None:
     """CheckpointError unless every file that the manifest names is there with its size and checksum."""
     path = folder / MANIFEST
-    try:
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in _read_json(path)["files"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: it does not list files with bytes and sha256 ({error!r})") from None
-    for name in {OPTIMIZER, STATE, *files}:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    files = read_json(path, CheckpointError).get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{path} is damaged: files is {shown(files)}, expected files with bytes and sha256")
+    for name in (OPTIMIZER, STATE, *files):
         if name not in files or not _is_inside(name):
-            raise CheckpointError(f"{path} is damaged: it {'names' if name in files else 'lacks'} {name!r}")
+            raise CheckpointError(f"{path} is damaged: it {'names' if name in files else 'lacks'} {shown(name)}")
+        if not isinstance(files[name], dict) or not files[name].keys() >= {"bytes", "sha256"}:
+            raise CheckpointError(f"{path} is damaged: {name} is {shown(files[name])}, expected bytes and sha256")
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is missing")
-    for name, (size, checksum) in files.items():
-        found = (folder / name).stat().st_size
+            raise CheckpointError(f"{folder / name} is missing, which {MANIFEST} names")
+    for name, entry in files.items():
+        size, checksum, found = entry["bytes"], entry["sha256"], (folder / name).stat().st_size
         if found != size:
-            raise CheckpointError(f"{folder / name} is damaged: it has {found} bytes, the manifest says {size}")
+            raise CheckpointError(f"{folder / name} is damaged: it has {found} bytes, {MANIFEST} says {shown(size)}")
         if (found := _fingerprint(folder / name)["sha256"]) != checksum:
-            raise CheckpointError(f"{folder / name} is damaged: its sha256 is {found}, the manifest says {checksum}")
+            raise CheckpointError(
+                f"{folder / name} is damaged: its sha256 is {found}, {MANIFEST} says {shown(checksum)}"
+            )
 
 
 def read_state(folder: Path) -> dict:
     """The contents of state.json."""
-    return _read_json(folder / STATE)
+    return read_json(folder / STATE, CheckpointError)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -226,9 +232,9 @@ def _aside(folder: Path) -> Path:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether it is the name of a file in a folder."""
+    """Whether it is the name of a file in a folder, or in a folder of that."""
     path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return bool(path.parts) and all(map(is_plain_name, path.parts))
 
 
 def newest_first(root: Path) -> list[Path]:
@@ -242,16 +248,6 @@ def _fingerprint(path: Path) -> dict:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is missing or damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged: it holds a JSON {type(content).__name__}, expected an object")
-    return content
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -15,7 +15,8 @@ from fastbert import checkpoint
 from fastbert.data import Tokenizer
 from fastbert.data.backends import ROLES
 from fastbert.data.checks import check
-from fastbert.errors import CheckpointError, ConfigError, DataError, MissingFileError
+from fastbert.errors import CheckpointError, ConfigError, DataError
+from fastbert.files import read_text
 from fastbert.models.electra import GENERATOR
 
 # The tensors that have a row for each token, by their published names.
@@ -106,11 +107,4 @@ def _rows_of_words(tensor: Tensor, name: str, old: Tokenizer, reduced: Tokenizer
 def _listed(words: Iterable[str] | str | PathLike) -> list[str]:
     if not isinstance(words, str | PathLike):
         return list(words)
-    path = Path(words)
-    if not path.is_file():
-        raise MissingFileError(f"{path} is no file, expected one with a word in each line")
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: invalid UTF-8 at byte offset {error.start}") from error
-    return [line.strip() for line in lines if line.strip()]
+    return [line.strip() for line in read_text(words, DataError).splitlines() if line.strip()]
