@@ -180,7 +180,7 @@ def test_a_state_that_lacks_something_is_damaged(config, uninterrupted):  # noqa
     folder = uninterrupted / "checkpoints" / "step-00000012"
     copied = Path(shutil.copytree(folder, config.out))
     content = json.loads((copied / "state.json").read_text())
-    for name, value, said in (("update", "7", "update is '7', expected int"), ("window", None, "window is None")):
+    for name, value, said in (("update", "7", "update is '7', expected a count"), ("window", None, "window is None")):
         (copied / "state.json").write_text(json.dumps(content | {name: value}))
         with pytest.raises(CheckpointError, match=said):
             resume.read_state(copied)
