@@ -328,7 +328,8 @@ def _sorted(what: Lookup, tokens: int) -> tuple[Tensor, Tensor]:
     if what.period is None:
         return ids, order
     lines = torch.arange(0, tokens, what.period, device=ids.device)
-    return ids[:, None].expand(-1, len(lines)).flatten(), (order[:, None] + lines).flatten()
+    # Of one id, expand and flatten is a view whose elements are one.
+    return ids[:, None].expand(-1, len(lines)).flatten().contiguous(), (order[:, None] + lines).flatten()
 
 
 def _sum_by_id(dz: Tensor, ids: Tensor, order: Tensor, dtable: Tensor) -> None:

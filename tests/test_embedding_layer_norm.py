@@ -47,6 +47,7 @@ def inputs(*shape, vocabulary=13, width=16, types=0, positions=0, dtype=torch.fl
 @example(shape=[0], vocabulary=5, types=2, positions=3, implied=False, dtype=0, dropout_p=0.5, seed=0, width=16)
 @example(shape=[2, 0], vocabulary=5, types=2, positions=3, implied=True, dtype=0, dropout_p=0.5, seed=0, width=16)
 @example(shape=[1], vocabulary=1, types=1, positions=1, implied=True, dtype=1, dropout_p=0.0, seed=0, width=16)
+@example(shape=[7, 1], vocabulary=1, types=0, positions=7, implied=True, dtype=0, dropout_p=0.0, seed=0, width=16)
 @example(shape=[3, 33], vocabulary=4, types=5, positions=40, implied=False, dtype=1, dropout_p=0.1, seed=0, width=16)
 @example(shape=[3, 40], vocabulary=4, types=2, positions=40, implied=True, dtype=0, dropout_p=0.1, seed=0, width=300)
 @given(
