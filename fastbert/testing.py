@@ -4,14 +4,17 @@ the package imports it."""
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# What an error may be besides twice the yardstick's, in units of eps(dtype) * max(1, largest true value). In 16 bits:
-# one, the rounding of the result. In float32 the order of a sum alone moves the result by several, and a yardstick of
-# few elements can be exact by luck. In float64 the yardstick is the truth.
+# What an error may be besides twice the yardstick's, in units of eps(dtype) * max(1, largest true value of the result,
+# or in float32 of all results of the call). In 16 bits: one, the rounding of the result. In float32 the order of a sum
+# alone moves the result by several, a yardstick of few elements can be exact by luck, and what is added may be as large
+# as other results while the sum is not: attention's gradients of q and k are made of differences. In float64 the
+# yardstick is the truth.
 FLOOR = {torch.float64: 4096.0, torch.float32: 16.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 
 
@@ -43,7 +46,9 @@ def compare(
     """Hold `op(**inputs)` to the tolerance rule against `reference(**inputs)`, in every output and every gradient.
 
     The truth is the reference in float64, the yardstick the reference in the dtype of the inputs. An error may be twice
-    the yardstick's, plus FLOOR. Outputs are a tensor or nested lists and tuples of tensors; so may inputs be.
+    the yardstick's, plus FLOOR; where a yardstick is exact by luck, twice what becomes of rounding the inputs once, in
+    float64 (the condition of the result, which no op can do better than). Outputs are a tensor or nested lists and
+    tuples of tensors; so may inputs be.
     Gradients are those of every tensor in `inputs` that requires one, for random output gradients drawn from `seed`.
     The op gets its inputs with their strides; while it runs, fresh memory is filled with NaN, unless `poison` is False
     (the filling needs PyTorch's deterministic mode, for which torch.compile compiles anew). An op that writes to its
@@ -60,7 +65,13 @@ def compare(
         result = _run(op, inputs, seed, dtype)
     if result.keys() != truth.keys():
         raise Mismatch(f"outputs and gradients: got {', '.join(result)}, expected {', '.join(truth)}")
-    rows = [_judge(name, truth[name], yardstick[name], result[name], dtype) for name in truth]
+    judge = partial(_judge, dtype=dtype, reach=max(1.0, *map(_size, truth.values())) if dtype == torch.float32 else 1.0)
+    rows = [judge(name, truth[name], yardstick[name], result[name]) for name in truth]
+    if not all(row.ok for row in rows):
+        rounded = _run(
+            reference, {name: _map(_rounder(seed, dtype), value) for name, value in wide.items()}, seed, dtype
+        )
+        rows = [judge(name, truth[name], yardstick[name], result[name], rounded[name]) for name in truth]
     if not all(row.ok for row in rows):
         raise Mismatch(f"against float64 ({dtype}):\n" + "\n".join(f"  {row}" for row in rows))
     return rows
@@ -127,16 +138,28 @@ def _run(function: Callable, inputs: Mapping[str, Any], seed: int, dtype: torch.
     return results
 
 
-def _judge(name: str, truth: Tensor, yardstick: Tensor, result: Tensor, dtype: torch.dtype) -> Comparison:
+def _judge(
+    name: str,
+    truth: Tensor,
+    yardstick: Tensor,
+    result: Tensor,
+    rounded: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+    reach: float,
+) -> Comparison:
     if result.shape != truth.shape or result.dtype != yardstick.dtype:
         got, expected = (f"{t.dtype} {tuple(t.shape)}" for t in (result, yardstick))
         raise Mismatch(f"{name}: got {got}, expected {expected}")
     if not truth.isfinite().all():
         raise Mismatch(f"{name}: the float64 reference is not finite")
-    reach = max(1.0, _distance(truth, torch.zeros_like(truth)))
-    slack = _distance(yardstick, truth)
-    bound = 2 * slack + FLOOR[dtype] * torch.finfo(dtype).eps * reach
+    slack = max(_distance(t, truth) for t in (yardstick, rounded) if t is not None)
+    bound = 2 * slack + FLOOR[dtype] * torch.finfo(dtype).eps * max(reach, _size(truth))
     return Comparison(name, _distance(result, truth), slack, bound)
+
+
+def _size(t: Tensor) -> float:
+    return _distance(t, torch.zeros_like(t))
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
@@ -144,6 +167,19 @@ def _distance(a: Tensor, b: Tensor) -> float:
     if a.numel() == 0:
         return 0.0
     return (a.double() - b.double()).abs().nan_to_num(nan=float("inf"), posinf=float("inf")).max().item()
+
+
+def _rounder(seed: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Moves every number by at most eps(dtype) of itself, at random."""
+    generator, eps = torch.Generator().manual_seed(seed), torch.finfo(dtype).eps
+
+    def rounded(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return t
+        noise = torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t.device) * 2 - 1
+        return (t.detach() * (1 + eps * noise)).requires_grad_(t.requires_grad)
+
+    return rounded
 
 
 def _widen(t: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Tasks: samples, windows, packed batches, and back from logits to what they say of the texts."""
 
 import json
+import math
 from itertools import pairwise, product
 
 import numpy as np
@@ -311,7 +312,7 @@ def test_windows_of_tokens(trained, level, data):
     samples = task.samples([example])
     assert task.truncated(samples) == (len(samples) if len(whole.ids) > size else 0)
     assert all(3 <= len(sample.ids) <= size or len(whole.ids) == 2 for sample in samples)
-    assert len(samples) <= 1 + 3 * len(whole.ids) / (size - 2)
+    assert len(samples) <= 1 + 3 * math.ceil(len(whole.ids) / (size - 2))
     views = {owner: [] for owner in whole.place[1].tolist()}
     for number, sample in enumerate(samples):
         for place, owner in zip(*(part.tolist() for part in sample.place), strict=True):

@@ -83,9 +83,11 @@ def test_a_hundred_steps_are_those_of_float64(device, backend, groups, seed, fla
         for q, p_0, *truths in zip(ps, start, p, m, v, strict=True):
             ours = (q, optimizer.state[q]["exp_avg"], optimizer.state[q]["exp_avg_sq"])
             sizes = (max(p_0.norm(), truths[0].norm()), *(t.norm() for t in truths[1:]))
-            # relative to what a weight was at first, where it has come near to 0
+            # relative to what a weight was at first, where it has come near to 0; a hundred roundings, which in few
+            # elements need not even out
+            limit = 1e-6 if q.numel() > 32 else 100 * torch.finfo(torch.float32).eps / 2
             for a, b, size in zip(ours, truths, sizes, strict=True):
-                assert (a.double() - b).norm() <= 1e-6 * size
+                assert (a.double() - b).norm() <= limit * size
             assert optimizer.state[q]["step"] == 100
     assert torch.allclose(optimizer.grad_norm, norm, rtol=1e-6)
 

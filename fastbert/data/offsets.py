@@ -8,6 +8,8 @@ from tokenizers import Regex, models, pre_tokenizers
 
 from fastbert.data.backends import restore
 
+_QUOTES = ("``", "''")
+
 
 class WordOffsets:
     """Offsets at level "word", where words are cut from the normalised text, before `tokenizers` sees them."""
@@ -35,9 +37,14 @@ class WordOffsets:
 
 
 def with_marks(text: str, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Offsets in which the accents that a normaliser has removed behind a piece belong to it."""
-    found = []
+    """Offsets in which the accents that a normaliser has removed behind a piece belong to it, and both of two quotes
+    that it has made one (ALBERT's, of which `tokenizers` knows the second)."""
+    found, last, before = [], -1, 0  # before: where the pieces of other characters end
     for (start, end), following in zip(offsets, [*(start for start, _ in offsets[1:]), len(text)], strict=False):
+        if start != last:
+            last, before = start, found[-1][1] if found else 0
+        if start > before and text[start - 1 : start + 1] in _QUOTES:
+            start -= 1
         while start < end < following and unicodedata.combining(text[end]):
             end += 1
         found.append((start, end))
