@@ -10,14 +10,9 @@ import os
 import shlex
 import sys
 import textwrap
-from collections.abc import Callable
 from dataclasses import fields
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from unittest import mock
 
-from fastbert import backend, extension
 from fastbert.errors import ConfigError, FastBertError
 from fastbert.finetune.options import DemoOptions, FinetuneConfig, PredictConfig
 from fastbert.train.config import (
@@ -74,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         ("prepare", _prepare, (PrepareConfig,), _PREPARE),
         (_SIMILAR_WORDS, _similar_words, (SimilarWordsConfig,), _SIMILAR),
         ("convert", _convert, (ConvertConfig,), _CONVERT),
-        ("info", _info, (), "Show versions, devices, and which backend serves each op and why."),
+        ("info", _info, (), _INFO),
     ):
         command = commands.add_parser(
             name,
@@ -87,12 +82,19 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if options:
             command.add_argument("--config", metavar="FILE.yaml", help="options from a file; the command line wins")
+        if run is _info:
+            command.add_argument("--json", action="store_true", help="print it as JSON, for programs")
         entries = [entry for kind in options for entry in _add_options(command, kind)]
         command.set_defaults(run=run, flags=[_flag(entry) for entry in entries])
     commands.add_parser("bench", help="Measure ops and models beside what users would pick otherwise")
     return parser
 
 
+_INFO = """\
+Show versions, devices, and which backend serves each op and why.
+
+The first thing to paste into a report. Each op is called once, as small as can be, on the GPU if there is one, in the
+dtype that training uses there. Nothing is compiled for it."""
 _SIMILAR_WORDS = "prepare similar-words"
 _PRETRAIN = f"""\
 Pretrain a model. Without --data, --files, --recipe and --config: the demonstration, a small model on the
@@ -340,64 +342,9 @@ _CONVERSIONS = {
     ),
 }
 
-_AT_FIRST_USE = "it is compiled at first use (FASTBERT_BUILD=0 forbids it)"
 
+def _info(options: argparse.Namespace, _argv: list[str]) -> int:
+    from fastbert import info
 
-def _info(_options: argparse.Namespace, _argv: list[str]) -> int:
-    import torch
-
-    from fastbert.train.setup import device_name, versions
-    from fastbert.train.world import resolve_device
-
-    device = resolve_device("auto")
-    print(", ".join(f"{name} {version}" for name, version in versions().items()))
-    print(f"device: {device_name(device)}; GPUs: {torch.cuda.device_count()}; CPU threads: {torch.get_num_threads()}")
-    print(f"extension: {extension.where() or f'not built; {extension.obstacle() or _AT_FIRST_USE}'}")
-    print(f"triton: {'installed' if find_spec('triton') else 'not installed'}")
-    print(f"{backend.VARIABLE}: {os.environ.get(backend.VARIABLE) or 'not set'}\n")
-    for name, call in _tiny_calls(device).items():
-        with mock.patch.dict(os.environ, FASTBERT_BUILD="0"):
-            chosen, reasons = _choice(name, call)
-        print(f"{name:<24} {chosen:<10} {'; '.join(f'not {other}: {why}' for other, why in reasons.items())}")
+    print((info.as_json if options.json else info.as_text)(info.collect()))
     return 0
-
-
-def _choice(op: str, call: Callable) -> tuple[str, dict[str, str]]:
-    """Which backend a call of an op runs on, and why each that cannot serve cannot: what the op itself asks."""
-    found = {}
-
-    def pick(op, predicates, asked, *arguments):
-        reasons = {name: predicate(*arguments) for name, predicate in predicates.items()}
-        found["reasons"] = {name: reason for name, reason in reasons.items() if reason}
-        found["chosen"] = backend.pick(op, predicates, asked, *arguments)
-        return found["chosen"]
-
-    module = import_module(f"fastbert.ops.{op}")
-    with mock.patch.object(module if hasattr(module, "pick") else module.sequences, "pick", pick):
-        call()
-    return found["chosen"], found["reasons"]
-
-
-def _tiny_calls(device) -> dict[str, Callable]:
-    """A call of every op, with the dtype that training uses on the device."""
-    import torch
-
-    from fastbert import ops
-
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    q, x, w = (torch.ones(shape, device=device, dtype=dtype) for shape in ((1, 16, 1, 64), (16, 64), (64,)))
-    ids = torch.zeros(16, dtype=torch.int64, device=device)
-    thrice = torch.ones(192, 64, device=device, dtype=dtype)
-    layer = ops.LayerWeights(thrice, thrice[:, 0], thrice[:64], w, w, w, thrice[:64], w, thrice[:64], w, w, w)
-    lists = {name: [torch.ones(64, device=device)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
-    return {
-        "attention": lambda: ops.attention(q, q, q),
-        "rotary_attention": lambda: ops.rotary_attention(q, q, q),
-        "relative_attention": lambda: ops.relative_attention(q, q, q),
-        "dropout_add_layer_norm": lambda: ops.dropout_add_layer_norm(x, x, w, w),
-        "bias_gelu": lambda: ops.bias_gelu(x, w),
-        "embedding_layer_norm": lambda: ops.embedding_layer_norm(ids, x, w, w),
-        "linear_cross_entropy": lambda: ops.linear_cross_entropy(x, x, x[:, 0], ids),
-        "encoder_layers": lambda: ops.encoder_layers(x[None], [layer], ops.attention, heads=1),
-        "lamb": lambda: ops.lamb([ops.LambGroup(**lists, steps=[torch.ones(1, device=device)], lr=0.0)]),
-    }
