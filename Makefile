@@ -10,7 +10,7 @@ ARGS ?=
 PIP = $(VENV)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES = pyproject.toml setup.py fastbert/extension.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test bench gpu lint locked clean
 
 # OpenMP threads that wait spin for milliseconds by default: where another process has one of the cores, a step of this
 # small model then takes 30 times as long.
@@ -32,6 +32,13 @@ gpu:
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
+
+# Everything that constraints.txt pins, by hash, for CPython 3.11 on Linux x86-64: what the targets above install is then
+# there already. .ci/lock.py writes the hashes.
+locked:
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip --disable-pip-version-check install --quiet --require-hashes --no-deps -r .ci/tools.lock
+	$(VENV)/bin/pip --disable-pip-version-check install --quiet --require-hashes --no-deps --no-build-isolation -r .ci/all.lock
 
 # First what the compiled part is built with: the build below is not isolated, it compiles against this torch.
 $(VENV)/.build-tools: constraints.txt
