@@ -1,6 +1,6 @@
-"""Writes the hashes of what continuous integration installs, for the versions in constraints.txt: `.ci/tools.lock`, with
-which source archives are built, and `.ci/all.lock`. Asks a package index; the files are those for CPython 3.11 on Linux
-x86-64, and source archives where there is nothing else.
+"""Writes the hashes of what continuous integration installs, for the versions in constraints.txt: `.ci/tools.lock`,
+with which source archives are built, and `.ci/all.lock`. Asks a package index; the files are those for CPython 3.11 on
+Linux x86-64, and source archives where there is nothing else.
 
     python .ci/lock.py INDEX [WHEEL ...]     the address of the index; files in place of its own: PyTorch's CPU build
 """

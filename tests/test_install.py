@@ -1,6 +1,8 @@
 """How the package is built: pure without torch, with its compiled part where it can, complete, and never a failure."""
 
+import hashlib
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -140,3 +142,51 @@ def test_decides_for_nothing_without_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     part, reason = SETUP["decide"]()
     assert part is None and "no-such-compiler" in reason
+
+
+# -- what continuous integration installs ----------------------------------------------------------------------------
+
+
+def locked(path):
+    """{name==version and marker: its hashes} of a lock."""
+    entries, last = {}, None
+    for line in path.read_text(encoding="utf-8").splitlines():
+        line = line.removesuffix("\\").strip()
+        if line.startswith("--hash="):
+            entries[last].append(line.removeprefix("--hash="))
+        elif not line.startswith("#"):
+            last = line
+            entries[last] = []
+    return entries
+
+
+def test_every_pinned_version_is_locked_by_hash():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {line.replace("_", "-").replace("python-version", "python_version") for line in lines if "==" in line}
+    every, tools = locked(ROOT / ".ci" / "all.lock"), locked(ROOT / ".ci" / "tools.lock")
+    assert {line.replace("_", "-").replace("python-version", "python_version") for line in every} == pinned
+    assert len(every) > 80 and set(tools) == {line for line in every if line.startswith(("setuptools==", "wheel=="))}
+    for line, hashes in (every | tools).items():
+        assert hashes and all(re.fullmatch(r"sha256:[0-9a-f]{64}", each) for each in hashes), line
+        assert line not in tools or tools[line] == every[line]
+
+
+def test_another_file_than_the_locked_one_is_refused(tmp_path):
+    """As `make locked` installs."""
+    with zipfile.ZipFile(tmp_path / "thing-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("thing.py", "")
+        about = {"METADATA": "Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n"}
+        about |= {"WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n", "RECORD": ""}
+        for name, text in about.items():
+            wheel.writestr(f"thing-1.0.dist-info/{name}", text)
+    digest = hashlib.sha256((tmp_path / "thing-1.0-py3-none-any.whl").read_bytes()).hexdigest()
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nlocked:")[2].partition("\n\n")[0]
+    assert recipe.count("--require-hashes --no-deps") == recipe.count("install") == recipe.count(".lock") == 2
+    for given, code in ((digest, 0), ("0" * 64, 1)):
+        lock = tmp_path / "lock"
+        lock.write_text(f"thing==1.0 --hash=sha256:{given}\n")
+        command = [sys.executable, "-m", "pip", "install", "--require-hashes", "--no-deps", "--no-index", "--dry-run"]
+        where = ["--find-links", str(tmp_path), "--target", str(tmp_path / f"to{code}"), "-r", str(lock)]
+        done = subprocess.run([*command, *where], capture_output=True, text=True)
+        assert done.returncode == code, done.stdout + done.stderr
+    assert "THESE PACKAGES DO NOT MATCH THE HASHES" in done.stderr
