@@ -12,10 +12,13 @@ from pathlib import Path
 
 import offline
 import pytest
+import yaml
 from processes import forkserver
 from test_train import TINY, command_line, data  # noqa: F401
 
 from fastbert.cli import main
+from fastbert.errors import ConfigError
+from fastbert.train import yaml_text
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [ROOT / "setup.py"] + [
@@ -39,6 +42,7 @@ FLAGS = {"shell": "shell", "trust_remote_code": "code from text", "allow_pickle"
 # The only places where it may be, and why.
 ALLOWED = {
     ("fastbert/weights.py", "torch.load"): "pytorch_model.bin of others, with weights_only",
+    ("fastbert/train/yaml_text.py", "unsafe YAML"): "with a loader that is the safe one and refuses more",
     ("fastbert/hub.py", "network"): "a model that the user names, and that is no folder; offline from the cache",
 }
 
@@ -121,6 +125,12 @@ def test_the_rules_find(source, rule):
 )
 def test_the_rules_do_not_find(source):
     assert findings(source) == []
+
+
+def test_the_loader_of_yaml_is_the_safe_one():
+    assert issubclass(yaml_text._Loader, yaml.SafeLoader)
+    with pytest.raises(ConfigError, match="could not determine a constructor"):
+        yaml_text.parse_yaml("!!python/object/apply:os.system [ls]", "file")
 
 
 def test_the_compiled_sources_start_nothing():
