@@ -138,6 +138,8 @@ def test_recipes_are_in_the_package():
         ({"settings": "x"}, "settings is 'x', expected a dict"),
         ({"sources": "x"}, "sources is 'x', expected a list"),
         ({"text": {"vocabulary": 3}}, "unknown key 'vocabulary'"),
+        ({"text": {"words": "os:system"}}, "text: words is 'os:system', expected no function in a recipe"),
+        ({"settings": {"words": "os:system"}}, "phase a: words is 'os:system', expected no function in a recipe"),
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused(tmp_path, change, message):

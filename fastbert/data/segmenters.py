@@ -24,7 +24,7 @@ from tokenizers import normalizers, pre_tokenizers
 
 from fastbert.data.checks import check
 from fastbert.data.text import CJK, SPACES, Row
-from fastbert.errors import ConfigError, DataError, MissingDependencyError, MissingFileError
+from fastbert.errors import ConfigError, DataError, MissingDependencyError, MissingFileError, shown
 
 WORDS = ("none", "segmented", "rjieba", "jieba", "ltp")
 _PACKAGES = {"rjieba": "pip install fastbert-kernels[zh]", "jieba": "pip install jieba", "ltp": "pip install ltp"}
@@ -61,7 +61,7 @@ def check_words(words: Words) -> None:
     """ConfigError unless `words` is one of WORDS, "package.module:function" or a function."""
     if not callable(words) and not (isinstance(words, str) and (words in WORDS or _is_plug_in(words))):
         names = ", ".join(map(repr, WORDS))
-        raise ConfigError(f"words is {words!r}, expected one of {names}, 'package.module:function' or a function")
+        raise ConfigError(f"words is {shown(words)}, expected one of {names}, 'package.module:function' or a function")
 
 
 def segmenter(

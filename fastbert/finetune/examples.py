@@ -103,7 +103,7 @@ def read_examples(
         rows = len(found)
         found += reader.read(kind, text)
         if len(found) == rows:
-            raise DataError(f"{path} has no examples")
+            raise DataError(f"{path} has no examples{', its data is an empty list' if kind == 'json' else ''}")
     return found
 
 

@@ -60,7 +60,9 @@ class Recipe:
                 recipe.phase(number, {})
             except ConfigError as error:
                 raise ConfigError(f"{source}: {error}") from None
+            _check_words(settings, source)
         TextOptions.from_dict(recipe.text, f"recipe {path}, text")
+        _check_words(recipe.text, f"recipe {path}, text")
         return recipe
 
     @property
@@ -120,6 +122,14 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
 
 _KINDS = {"text": dict, "settings": dict, "demo": dict}
 _LISTS = ("sources", "unverified", "choices", "phases")
+
+
+def _check_words(options: dict, source: str) -> None:
+    """A file that was passed on runs no function that it names."""
+    if ":" in str(options.get("words")):
+        raise ConfigError(
+            f"{source}: words is {shown(options['words'])}, expected no function in a recipe: name it with --words"
+        )
 
 
 def _check_phases(path: Path, phases: list) -> None:
