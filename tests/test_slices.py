@@ -106,7 +106,8 @@ def test_kernels_of_our_own_are_tested_first():
     kernels = slices.test_files("kernel")
     names = (
         *("bias_gelu", "dropout_add_layer_norm", "embedding_layer_norm", "encoder_layers", "extension"),
-        *("fused_attention", "fused_relative_attention", "lamb", "linear_cross_entropy", "rows"),
+        *("fused_attention", "fused_relative_attention", "lamb", "linear_cross_entropy", "op_contracts"),
+        "rows",
     )
     assert kernels == [f"tests/test_{name}.py" for name in names]
     assert slices.test_files("gpu")[: len(names)] == kernels

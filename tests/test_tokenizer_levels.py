@@ -649,7 +649,7 @@ def test_damaged_sentencepiece_models_are_named(tmp_path, content, message):
         ("unigram", {"model": {"unk_id": 2}}, "unk_id is 2, expected the id of unk_token '<unk>'"),
         ("unigram", {"normalizer": {"normalizers": [{"type": "NFC"}]}}, "the step {'type': 'NFC'}"),
         ("unigram", {"normalizer": {"type": "NFKC"}}, "the normalizer is 'NFKC', expected 'Sequence'"),
-        ("word", {"model": {"type": "BPE"}}, "holds a BPE model, expected WordPiece"),
+        ("word", {"model": {"type": "BPE", "merges": []}}, "holds a BPE model, expected WordPiece"),
     ],
 )
 def test_parts_of_other_families_are_refused(trained, tmp_path, level, change, message):

@@ -143,7 +143,7 @@ class Tuner:
         own = [sum(batch.counts[per] for batch in batches) for per in ("label", "sample", "token")]
         labels, samples, tokens = self.world.sum(*own)
         for (number, _), batch in zip(hands, batches, strict=True):
-            seed, last = _seed(self.seed, self.update, number), number == hands[-1][0]
+            seed, last = _seed(self.seed, self.update, number, 0), number == hands[-1][0]
             self.updates.accumulate(_pinned(batch, self.world), labels, seed, samples=samples, tokens=tokens, last=last)
         self.updates.apply()
         self._counts.update({"label": int(labels), "sample": int(samples), "token": int(tokens)})
