@@ -16,7 +16,7 @@ def out(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name, limit, epochs, lr", [("ner", 400, 8, 1e-3), ("sentiment", 3000, 3, 2e-3)])
+@pytest.mark.parametrize("name, limit, epochs, lr", [("pos", 500, 4, 1e-3), ("sentiment", 3000, 3, 2e-3)])
 def test_a_pretrained_start_beats_a_random_one(name, limit, epochs, lr, out, capsys):
     results = demo(name, {"out": str(out), "seeds": [0], "epochs": epochs, "lr": lr, "validate_every": 10_000}, limit)
     shown = capsys.readouterr().out
