@@ -110,11 +110,6 @@ FASTBERT_HOST_DEVICE int lamb_items(int chunks) { return (chunks + kNormChunks -
 
 // ---------------------------------------------------------------- per element
 
-// (1 - gamma) x + added, with one rounding of the size of x where gamma is small, and none left of an x that goes.
-FASTBERT_HOST_DEVICE float lamb_decay(float x, float gamma, float added) {
-  return gamma > 0.5f ? (1.0f - gamma) * x + added : x + (added - gamma * x);
-}
-
 // What an element of one tensor needs to know; derived in double where it matters and rounded once.
 struct LambScalars {
   float gamma1, beta3, gamma2;  // 1 - beta1, the weight of g in m, 1 - beta2
@@ -137,8 +132,8 @@ FASTBERT_HOST_DEVICE LambScalars lamb_scalars(const LambGroup& group, const floa
 FASTBERT_HOST_DEVICE void lamb_moments(const LambScalars& s, float grad, float& m, float& v) {
   // From m and v, not from beta m and beta v: 0.999 in float would make v 1.3e-5 too large in the long run.
   const float g = grad * s.inv_scale;
-  m = lamb_decay(m, s.gamma1, s.beta3 * g);
-  v = lamb_decay(v, s.gamma2, s.gamma2 * (g * g));
+  m = s.beta3 * g + (m - s.gamma1 * m);  // of an m that beta1 = 0 forgets, no rounding is left
+  v += s.gamma2 * (g * g - v);
 }
 
 FASTBERT_HOST_DEVICE float lamb_update(const LambScalars& s, float w, float m, float v) {

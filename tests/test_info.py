@@ -9,6 +9,8 @@ import torch
 import fastbert
 from fastbert import backend, cli, extension, info, ops
 
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPS = [name for name in ops.__all__ if not isinstance(getattr(ops, name), type)]
 
 
@@ -26,13 +28,13 @@ def test_it_names_versions_devices_and_the_backend_of_every_op(capsys):
     assert found["extension"] == {"built": str(extension.where()), "loads": "yes"}
     for name, choice in found["ops"].items():
         assert "error" not in choice and choice["backend"] not in choice["reasons"], name
-    if not torch.cuda.is_available():
+    if DEVICE.type == "cpu":
         assert found["devices"] == ["cpu; PyTorch finds no GPU"]
     assert {choice["backend"] for choice in found["ops"].values()} <= set(backend.NAMES)
 
 
 def test_the_backend_is_the_one_that_a_call_takes(monkeypatch):
-    asked = {name: info._tiny_calls(torch.device("cpu"))[name] for name in OPS}
+    asked = info._tiny_calls(DEVICE)
     for name, choice in info.collect()["ops"].items():
         monkeypatch.setenv("FASTBERT_BACKEND", choice["backend"])
         asked[name]()
