@@ -44,13 +44,9 @@ def test_a_backend_that_cannot_serve_is_told_of(capsys, monkeypatch):
     monkeypatch.setenv("FASTBERT_BACKEND", "cuda")
     found = json.loads(told(capsys, "--json"))
     assert found["environment"]["FASTBERT_BACKEND"] == "cuda"
-    assert found["ops"]["bias_gelu"] == {
-        "backend": None,
-        "reasons": {"triton": found["ops"]["bias_gelu"]["reasons"]["triton"]}
-        if "triton" in found["ops"]["bias_gelu"]["reasons"]
-        else {},
-        "error": "BackendError: backend 'cuda' cannot serve bias_gelu: bias_gelu has no such backend",
-    }
+    choice = found["ops"]["bias_gelu"]
+    assert choice["backend"] is None
+    assert choice["error"] == "BackendError: backend 'cuda' cannot serve bias_gelu: bias_gelu has no such backend"
     text = told(capsys)
     assert "  bias_gelu                none fails" in text and "    BackendError: backend 'cuda'" in text
 

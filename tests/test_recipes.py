@@ -139,6 +139,7 @@ def test_recipes_are_in_the_package():
         ({"sources": "x"}, "sources is 'x', expected a list"),
         ({"text": {"vocabulary": 3}}, "unknown key 'vocabulary'"),
         ({"text": {"words": "os:system"}}, "text: words is 'os:system', expected no function in a recipe"),
+        ({"demo": {"words": "os:system"}}, "demo: words is 'os:system', expected no function in a recipe"),
         ({"settings": {"words": "os:system"}}, "phase a: words is 'os:system', expected no function in a recipe"),
     ],
 )

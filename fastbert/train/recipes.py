@@ -62,7 +62,8 @@ class Recipe:
                 raise ConfigError(f"{source}: {error}") from None
             _check_words(settings, source)
         TextOptions.from_dict(recipe.text, f"recipe {path}, text")
-        _check_words(recipe.text, f"recipe {path}, text")
+        for name in ("text", "demo"):
+            _check_words(getattr(recipe, name), f"recipe {path}, {name}")
         return recipe
 
     @property
